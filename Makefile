@@ -1,0 +1,89 @@
+# make run    build the environment, run the main job, print its table    make test   run all tests
+# make lint   check the style of everything                               make ui     open the MLflow pages
+# make push   version data/ and the results, send them to the DVC remote  make pull   get them back
+# make lock   resolve the dependencies anew                               make clean  remove what `make run` made
+
+PYTHON ?= python3.11
+CORES ?= all
+TARGET ?= results/smollm2-135m_2.0bits.json
+TORCH := torch==2.13.0
+MLFLOW_DB := sqlite:///mlflow.db
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: run test lint ui push pull lock clean env env-dev
+
+# Rules and tests call `python`: it is the environment's.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+run: env
+	snakemake --cores $(CORES) $(TARGET)
+	python -m windquant.summary $(TARGET)
+
+# Stamps: a second call costs nothing. Torch comes first and alone: another spelling may fetch gigabytes of CUDA.
+env: .venv/env.stamp
+env-dev: .venv/env-dev.stamp
+
+.venv/env.stamp: requirements.lock pyproject.toml
+	@echo 'Building the environment in .venv: a few minutes, once.'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	python -m pip install -qq $(TORCH)
+	python -m pip install -qq --requirement requirements.lock
+	python -m pip install -qq --no-deps --editable .
+	touch $@
+
+.venv/env-dev.stamp: .venv/env.stamp requirements-dev.lock
+	python -m pip install -qq --requirement requirements-dev.lock
+	touch $@
+
+# One process per core, so one thread each; the tests of one file share their fixtures in one process.
+test: env-dev
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+
+lint: env-dev
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+ui: env
+	mlflow ui --backend-store-uri $(MLFLOW_DB)
+
+# Results and Snakemake's records travel inside data/, so that a clone knows what is up to date.
+push: env
+	mkdir -p data/results data/snakemake-metadata
+	cp --recursive --update results/. data/results/
+	cp --recursive --update .snakemake/metadata/. data/snakemake-metadata/
+	dvc add data
+	dvc push
+	@echo 'now commit data.dvc'
+
+pull: env
+	dvc pull
+	mkdir -p results .snakemake/metadata
+	cp --recursive --update data/results/. results/
+	cp --recursive --update data/snakemake-metadata/. .snakemake/metadata/
+
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install $(TORCH)
+	.venv-lock/bin/pip install .
+	@# the CUDA packages are torch's own business; nvidia-ml-py is not one of them
+	freeze() { .venv-lock/bin/pip freeze --all --exclude pip --exclude windquant \
+	    | sed 's/+.*//' | grep -vE '^(cuda-|nvidia-(cu|nv|nccl))'; }; \
+	{ echo '# Made by `make lock`: every package that the steps need, with the versions of those packages too.'; \
+	  echo "# No digests: torch's CPU and CUDA builds bear one version."; freeze; } > requirements.lock; \
+	.venv-lock/bin/pip install '.[dev]'; \
+	{ echo '# Made by `make lock`: what the tests and `make lint` need on top of requirements.lock.'; \
+	  freeze | grep --invert-match --line-regexp --fixed-strings --file requirements.lock; } > requirements-dev.lock; \
+	{ echo '# Made by `make lock` from requirements.lock, for `snakemake --software-deployment-method conda`.'; \
+	  printf '%s\n' 'channels:' '  - conda-forge' 'dependencies:' '  - python=3.11' '  - pip' '  - pip:'; \
+	  sed -n 's/^[^#]/      - &/p' requirements.lock; } > workflow/envs/windquant.yaml
+	rm -rf .venv-lock
+
+clean:
+	rm -rf resources data results logs mlflow.db mlartifacts .cache .snakemake

@@ -1,0 +1,45 @@
+# Quantize language models with one width per column chunk.
+#
+#     snakemake --cores all results/smollm2-135m_2.0bits.json
+#
+# config/config.yaml names the models; results/{model}_{bits}bits.{allocator}.json runs another allocator than PPO.
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/experiment.smk"
+include: "workflow/rules/model.smk"
+include: "workflow/rules/calibration.smk"
+include: "workflow/rules/statistics.smk"
+include: "workflow/rules/bank.smk"
+include: "workflow/rules/allocation.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/recovery.smk"
+include: "workflow/rules/perplexity.smk"
+include: "workflow/rules/zero_shot.smk"
+include: "workflow/rules/result.smk"
+include: "workflow/rules/comparison.smk"
+
+
+wildcard_constraints:
+    model=r"[^/_]+",
+    bits=r"-?\d+(\.\d+)?",
+    allocator=r"[a-z]+",
+    baseline=r"(\.[a-z]+)?",
+    stage="before_recovery|quantized",
+
+
+localrules:
+    default,
+
+
+rule default:
+    default_target: True
+    input:
+        "results/smollm2-135m_2.0bits.json",

@@ -1,0 +1,215 @@
+"""Calibration sets: disjoint, deterministic, and refused in one line when there is too little text."""
+
+import bz2
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from windquant import calibration, models, sources, step
+from windquant.articles import Article
+from windquant.errors import WindquantError
+
+SMALL = "--samples 6 --length 40 --reward-samples 3 --reward-length 24 --recovery-samples 10 --recovery-length 64".split()
+
+
+def make(model: Path, output: Path, *flags: str, seed: int = 0) -> Path:
+    argv = ["--model", str(model), "--output", str(output), "--seed", str(seed), "--context", "128", *SMALL, *flags]
+    step.main("calibration", calibration.run, calibration.Settings, ("model",), argv=argv)
+    return output
+
+
+def refused(capsys: pytest.CaptureFixture[str], model: Path, output: Path, *flags: str) -> str:
+    """The one error line of a step that must fail with exit code 2 and leave nothing behind."""
+    with pytest.raises(SystemExit) as stop:
+        make(model, output, *flags)
+    assert stop.value.code == 2 and not list(output.parent.glob(output.name + "*"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("calibration") / "tiny"
+    return make(tiny_model_folder, output, "--source", "file", "--path", str(text_file))
+
+
+def test_artifact_holds_windows_of_every_split(made: Path) -> None:
+    loaded = calibration.load(made)
+    assert loaded.calibration.shape == (6, 40) and loaded.reward.shape == (3, 24) and loaded.recovery.shape == (10, 64)
+    assert loaded.test.shape[1] == 128 and len(loaded.test) > 10
+    for name in ("calibration", "reward", "recovery", "test"):
+        tokens = getattr(loaded, name)
+        assert tokens.dtype == torch.int32 and tokens.min() >= 0 and tokens.max() < 320
+    assert loaded.test_name == "paragraphs"
+
+
+def test_no_document_is_in_two_splits(made: Path, tiny_model_folder: Path, text_file: Path) -> None:
+    splits = json.loads((made / "info.json").read_text())["splits"]
+    used = [title for entry in splits.values() for title in entry["documents"]]
+    assert len(used) == len(set(used)) > 15
+    # ... and the windows are really cut from those documents
+    documents = [part.strip() for part in text_file.read_text().split("\n\n")]
+    tokenizer = models.load_tokenizer(tiny_model_folder)
+    for name, entry in splits.items():
+        own = "\n\n".join(documents[int(title.split()[1]) - 1] for title in entry["documents"])
+        for window in getattr(calibration.load(made), name)[:3]:
+            text = tokenizer.decode(window[2:-2])
+            assert text in own + "\n\n"
+    own_tasks = {json.loads(line)["title"] for line in (made / "cloze.jsonl").read_text().splitlines()}
+    assert own_tasks.isdisjoint(used)
+
+
+def test_same_seed_same_bytes_and_the_same_test_text_for_every_seed(
+    made: Path, tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    flags = ("--source", "file", "--path", str(text_file))
+    again = make(tiny_model_folder, tmp_path / "again", *flags)
+    for path in made.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
+    other = calibration.load(make(tiny_model_folder, tmp_path / "other", *flags, seed=1))
+    first = calibration.load(made)
+    assert torch.equal(other.test, first.test)
+    assert not torch.equal(other.calibration, first.calibration)
+    assert not torch.equal(other.recovery, first.recovery)
+    assert (other.folder / "cloze.jsonl").read_bytes() == (made / "cloze.jsonl").read_bytes()
+
+
+def test_too_short_a_text_names_the_key_and_both_numbers(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--source", "file", "--path", str(text_file))
+    line = refused(capsys, tiny_model_folder, tmp_path / "x", *flags, "--recovery-samples", "100000")
+    assert "calibration.recovery_samples" in line and "6400000" in line
+    short = tmp_path / "short.txt"
+    short.write_text("One short document.\n")
+    line = refused(capsys, tiny_model_folder, tmp_path / "x", "--source", "file", "--path", str(short))
+    assert "calibration." in line and "more text" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--source", "file"), ("calibration.path", "missing")),
+        (("--source", "file", "--path", "nowhere.txt"), ("calibration.path", "nowhere.txt")),
+        (("--source", "file", "--path", "{latin}"), ("calibration.path", "UTF-8")),
+        (("--source", "file", "--path", "{rows}"), ("calibration.path", "line 2")),
+        (("--source", "file", "--path", "{text}", "--test-source", "file"), ("calibration.test_path", "missing")),
+        (
+            ("--source", "file", "--path", "{text}", "--test-source", "file", "--test-path", "{text}"),
+            ("calibration.test_path", "the same file"),
+        ),
+        (("--source", "hub"), ("calibration.dataset", "Open-Platypus", "calibration.source: file")),
+        (
+            ("--source", "file", "--path", "{text}", "--test-source", "hub"),
+            ("calibration.test_dataset", "Salesforce/wikitext", "calibration.test_source: rows"),
+        ),
+    ],
+)
+def test_wrong_keys_are_named(
+    tiny_model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    files = {"text": text_file, "latin": tmp_path / "latin.txt", "rows": tmp_path / "rows.jsonl"}
+    files["latin"].write_bytes(b"caf\xe9 " * 100)
+    files["rows"].write_text('{"text": "fine"}\n{"texts": "not fine"}\n')
+    line = refused(capsys, tiny_model_folder, tmp_path / "x", *(flag.format(**files) for flag in flags))
+    assert all(word in line for word in words), line
+
+
+def test_jsonl_gives_one_document_a_line(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": part[:30], "answer": part[30:]} for part in text_file.read_text().split("\n\n")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    flags = ("--source", "file", "--path", str(path), "--columns", "question,answer")
+    made = make(tiny_model_folder, tmp_path / "made", *flags)
+    assert calibration.load(made).calibration.shape == (6, 40)
+    texts = calibration.split_texts(
+        calibration.Settings(source="file", path=str(path), columns=("question", "answer"))
+    )
+    documents = [document.text for split in texts.documents.values() for document in split]
+    assert len(documents) == len(set(documents)) == len(rows)  # the repeated row is in one split only
+    assert rows[0]["question"] + "\n" + rows[0]["answer"] in documents
+
+
+def test_whole_samples_are_beginnings_of_documents(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    flags = ("--source", "file", "--path", str(text_file), "--whole")
+    made = make(tiny_model_folder, tmp_path / "made", *flags)
+    tokenizer = models.load_tokenizer(tiny_model_folder)
+    documents = [part.strip() for part in text_file.read_text().split("\n\n")]
+    titles = json.loads((made / "info.json").read_text())["splits"]["calibration"]["documents"]
+    for window, title in zip(calibration.load(made).calibration, titles, strict=True):
+        assert tokenizer(documents[int(title.split()[1]) - 1]).input_ids[:40] == window.tolist()
+
+
+def test_rows_are_joined_as_for_wikitext(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "wiki.test.raw"
+    lines = [" = Title = ", " ", *(f" Line {number} of the river . " for number in range(60))]
+    path.write_text("".join(line + "\n" for line in lines))
+    flags = ("--source", "file", "--path", str(text_file), "--test-source", "rows", "--test-path", str(path))
+    made = calibration.load(make(tiny_model_folder, tmp_path / "made", *flags))
+    rows = [line + "\n" if line.strip() else "" for line in lines]
+    tokenizer = models.load_tokenizer(tiny_model_folder)
+    expected = tokenizer("\n\n".join(rows)).input_ids
+    assert made.test.flatten().tolist() == expected[: len(expected) // 128 * 128]
+    assert made.test_name == "wiki.test" and not list(made.folder.glob("*.jsonl"))
+
+
+def test_test_text_may_come_from_another_file(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.txt"
+    path.write_text("The quiet harbour is near the library.\n\n" * 100)
+    flags = ("--source", "file", "--path", str(text_file), "--test-source", "file", "--test-path", str(path))
+    made = calibration.load(make(tiny_model_folder, tmp_path / "made", *flags))
+    assert models.load_tokenizer(tiny_model_folder).decode(made.test[0]) in path.read_text()
+
+
+def test_documents_are_dealt_in_proportion_and_whole() -> None:
+    chance = random.Random(0)
+    documents = [Article(str(number), ["x" * chance.randint(10, 4000)]) for number in range(400)]
+    shares = {"a": 0.1, "b": 0.3, "c": 0.6}
+    dealt = calibration.deal(documents, shares)
+    assert sorted(document.title for part in dealt.values() for document in part) == sorted(map(str, range(400)))
+    total = sum(len(document.text) for document in documents)
+    for name, share in shares.items():
+        assert sum(len(document.text) for document in dealt[name]) / total == pytest.approx(share, abs=0.01)
+    assert calibration.deal(documents[::-1], shares) == dealt
+
+
+def test_articles_come_out_of_their_wheel(
+    tiny_model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    make_wheel: Callable[[str, bytes], sources.WheelFile],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pages = "".join(
+        f"<page><title>T{number}</title><ns>0</ns><revision><text>{text}</text></revision></page>"
+        for number, text in enumerate(text_file.read_text().split("\n\n"))
+    )
+    xml = f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{pages}</mediawiki>'
+    monkeypatch.setattr(sources, "ARTICLES", make_wheel("x/dump.bz2", bz2.compress(xml.encode())))
+    made = make(tiny_model_folder, tmp_path / "made")
+    info = json.loads((made / "info.json").read_text())
+    assert info["test_name"] == "wikipedia" and info["source"]["training"] == "pypi:wqtestdata==1.0/x/dump.bz2"
+    # Another training text leaves the test windows and the tasks as they are.
+    flags = ("--source", "file", "--path", str(text_file), "--test-source", "articles")
+    other = make(tiny_model_folder, tmp_path / "other", *flags)
+    assert torch.equal(calibration.load(other).test, calibration.load(made).test)
+    assert (other / "cloze.jsonl").read_bytes() == (made / "cloze.jsonl").read_bytes()
+
+
+def test_damaged_artifact_is_refused(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens.safetensors").write_bytes((made / "tokens.safetensors").read_bytes()[:-9])
+    (tmp_path / "info.json").write_bytes((made / "info.json").read_bytes())
+    with pytest.raises(WindquantError, match="delete it and run again"):
+        calibration.load(tmp_path)

@@ -1,0 +1,73 @@
+"""Progress: lines in a log, a bar on a terminal."""
+
+import io
+import itertools
+
+import pytest
+
+from windquant.progress import Progress, duration, line
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock is 10 seconds later."""
+    ticks = itertools.count(0, 10)
+    monkeypatch.setattr("windquant.progress.time.monotonic", lambda: float(next(ticks)))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_log_gets_a_line_a_minute_and_a_last_one() -> None:
+    stream = io.StringIO()
+    assert list(Progress(range(20), label="recovery", stream=stream)) == list(range(20))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "recovery: 6/20 (30 %), 1:10 elapsed, 2:43 left"
+    assert lines[-1].startswith("recovery: 20/20 (100 %)")
+    assert len(lines) == 4
+
+
+def test_a_quick_loop_writes_one_line() -> None:
+    stream = io.StringIO()
+    list(Progress(iter("abc"), label="x", stream=stream))
+    assert stream.getvalue() == "x: 3, 0:00 elapsed\n"
+
+
+def test_by_hand() -> None:
+    stream = io.StringIO()
+    with Progress[None](total=10, label="x", stream=stream) as progress:
+        progress.update(4)
+        progress.update()
+    progress.close()
+    assert stream.getvalue() == "x: 5/10 (50 %), 0:00 elapsed, 0:00 left\n"
+    with pytest.raises(TypeError, match="call update"):
+        next(iter(progress))
+
+
+def test_an_exception_passes_and_the_line_says_how_far_it_came() -> None:
+    stream = io.StringIO()
+
+    def broken() -> None:
+        for item in Progress(range(5), label="x", stream=stream):
+            if item == 2:
+                raise KeyError(item)
+
+    with pytest.raises(KeyError):
+        broken()
+    assert stream.getvalue().startswith("x: 2/5 (40 %)")
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    stream = Terminal()
+    list(Progress(range(3), label="bank", stream=stream))
+    assert "bank: 100%" in stream.getvalue()
+    assert "3/3" in stream.getvalue()
+
+
+def test_text() -> None:
+    assert line("", 0, 10, 0.0) == "progress: 0/10 (0 %), 0:00 elapsed"
+    assert line("a", 1, 4, 30.0) == "a: 1/4 (25 %), 0:30 elapsed, 1:30 left"
+    assert [duration(s) for s in (0.4, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]

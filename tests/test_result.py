@@ -1,0 +1,307 @@
+"""Result, comparison and summary, from artifacts that the step frame really made."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from windquant import comparison, result, step, summary, tracking
+from windquant.errors import WindquantError
+from windquant.manifest import Manifest
+from windquant.plan import Plan
+
+KEYS = [
+    "model",
+    "target_bits",
+    "effective_bits",
+    "checkpoint_bits",
+    "allocator",
+    "perplexity",
+    "zero_shot",
+    "zero_shot_average",
+    "actions",
+    "protected_fraction",
+    "fallback",
+    "seed",
+    "seconds",
+    "peak_memory_bytes",
+    "versions",
+    "git_commit",
+    "config_sha256",
+    "data",
+    "mlflow_run_id",
+]
+WEIGHTS, BYTES = 8000, 1995
+SIZE = 200_000  # of the checkpoint
+
+
+@dataclass(frozen=True)
+class Units:
+    protected: float = 0.03  # fraction
+    chunk: int = 64  # columns
+
+
+def make(name: str, output: str, write: Callable[[step.Task], None], **inputs: str) -> str:
+    """Run a step that only writes; returns the path of its output."""
+    argv = [part for key, path in inputs.items() for part in ("--" + key, path)]
+    step.main(
+        name,
+        lambda task, _: write(task),
+        Units,
+        tuple(inputs),
+        argv=[*argv, "--output", output, "--seed", "5"],
+        light=True,
+    )
+    return output
+
+
+def text(content: str, **notes: Any) -> Callable[[step.Task], None]:
+    def write(task: step.Task) -> None:
+        task.output.write_text(content)
+        for key, value in notes.items():
+            task.note(key, value)
+
+    return write
+
+
+def checkpoint(size: int, **notes: Any) -> Callable[[step.Task], None]:
+    def write(task: step.Task) -> None:
+        task.output.mkdir()
+        (task.output / "model.safetensors").write_bytes(bytes(size))
+        for key, value in notes.items():
+            task.note(key, value)
+
+    return write
+
+
+def perplexity(value: float, tokens: int = 1023) -> Callable[[step.Task], None]:
+    return text(json.dumps({"wikipedia": {"perplexity": value, "tokens": tokens, "context": 1024}}))
+
+
+def zero_shot(accuracy: float, samples: int = 100) -> Callable[[step.Task], None]:
+    tasks = {"cloze": accuracy, "next_sentence": accuracy + 0.1}
+    scores = {
+        name: {"accuracy": value, "stderr": 0.04, "samples": samples, "metric": "acc"} for name, value in tasks.items()
+    }
+    return text(json.dumps(scores))
+
+
+def save_plan(allocator: str, target: float) -> Callable[[step.Task], None]:
+    def write(task: step.Task) -> None:
+        bits = 8 * BYTES / WEIGHTS
+        actions = {"layers.0.q": ["scalar-2", "scalar-4"]}
+        Plan("m", allocator, target, bits, BYTES, WEIGHTS, 5, actions, predicted_loss=0.5).save(task.output)
+        task.note("shares", {"scalar-2": 0.75, "scalar-4": 0.25})
+
+    return write
+
+
+def chain(allocator: str = "ppo", quantized: float = 50.0, target: float = 2.0) -> dict[str, str]:
+    """All artifacts of one experiment."""
+    found = {"model": make("model", "model", checkpoint(2000))}
+    found["calibration"] = make("calibration", "calibration", checkpoint(10), model="model")
+    shared = {"model": "model", "calibration": "calibration"}
+    found["statistics"] = make("statistics", "statistics", text("s"), **shared)
+    found["bank"] = make("bank", "bank", text("b"), model="model", statistics="statistics")
+    plan, before, after = (f"{allocator}.{part}" for part in ("plan", "before", "after"))
+    found["plan"] = make("allocation", plan, save_plan(allocator, target), **shared, bank="bank")
+    notes = {"effective_bits": 8 * BYTES / WEIGHTS, "checkpoint_bits": 4.0, "measured_bytes": BYTES}
+    found["before_recovery"] = make("quantize", before, checkpoint(SIZE, **notes), **shared, plan=plan)
+    found["quantized"] = make("recovery", after, checkpoint(SIZE, **notes), **shared, checkpoint=before)
+    data = {"calibration": "calibration"}
+    found["perplexity_original"] = make("perplexity", "p0", perplexity(19.4), checkpoint="model", **data)
+    name = f"{allocator}.p"
+    found["perplexity_before_recovery"] = make("perplexity", name + "1", perplexity(120.0), checkpoint=before, **data)
+    found["perplexity_quantized"] = make("perplexity", name + "2", perplexity(quantized), checkpoint=after, **data)
+    found["zero_shot_original"] = make("zero_shot", "z0", zero_shot(0.5), checkpoint="model", **data)
+    found["zero_shot_quantized"] = make("zero_shot", f"{allocator}.z", zero_shot(0.375), checkpoint=after, **data)
+    return found
+
+
+def assemble(inputs: dict[str, str], output: str = "results/r.json", *argv: str) -> dict[str, Any]:
+    flags = [part for name, path in inputs.items() for part in ("--" + name.replace("_", "-"), path)]
+    step.main(
+        "result", result.run, result.Settings, tuple(inputs), argv=[*flags, "--output", output, *argv], light=True
+    )
+    return result.load(Path(output))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Assemble and return the error line."""
+
+    def run(inputs: dict[str, str]) -> str:
+        with pytest.raises(SystemExit) as caught:
+            assemble(inputs)
+        assert caught.value.code == 2
+        assert not Path("results/r.json").exists()
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_every_key_is_measured() -> None:
+    inputs = chain()
+    found = assemble(inputs, "results/r.json", "--config-sha256", "a" * 64)
+    assert list(found) == KEYS
+    assert (found["model"], found["allocator"], found["seed"], found["fallback"]) == ("m", "ppo", 5, False)
+    assert (found["target_bits"], found["effective_bits"], found["checkpoint_bits"]) == (2.0, 1.995, 4.0)
+    assert found["perplexity"] == {"wikipedia": {"original": 19.4, "before_recovery": 120.0, "quantized": 50.0}}
+    assert found["zero_shot"]["cloze"] == {"original": 0.5, "quantized": 0.375, "stderr": 0.04, "samples": 100}
+    assert found["zero_shot_average"] == pytest.approx({"original": 0.55, "quantized": 0.425})
+    assert found["actions"] == {"scalar-2": 0.75, "scalar-4": 0.25}
+    assert found["protected_fraction"] == 0.03
+    assert found["config_sha256"] == "a" * 64
+    manifest = Manifest.load(Path("ppo.after"))
+    assert found["seconds"]["recovery"] == manifest.seconds
+    assert found["peak_memory_bytes"]["recovery"] == manifest.peak_memory_bytes
+    assert found["data"]["quantized"] == manifest.output["sha256"]
+    assert found["versions"] == manifest.versions
+    assert set(found["seconds"]) == set(result.STEPS)
+    notes = Manifest.load(Path("results/r.json")).notes
+    assert notes == {"checkpoint_bytes": SIZE, "original_fp16_bytes": 4 * SIZE}  # 4 bits instead of 16
+    again = assemble(inputs, "results/again.json", "--config-sha256", "a" * 64)
+    assert again == found
+
+
+def test_configuration_digest_of_the_settings() -> None:
+    assert len(assemble(chain())["config_sha256"]) == 64
+
+
+def test_bytes_must_be_those_of_the_plan(fails: Callable[..., str]) -> None:
+    inputs = chain()
+    notes = {"effective_bits": 1.996, "checkpoint_bits": 4.0, "measured_bytes": BYTES + 1}
+    made = {"model": "model", "calibration": "calibration", "checkpoint": "ppo.before"}
+    make("recovery", "ppo.after", checkpoint(SIZE, **notes), **made)
+    error = fails(inputs)
+    assert error.startswith("error: ppo.after: 1996 bytes, 1.996 effective bits, but its plan predicted 1995 and 1.995")
+
+
+def test_target_is_an_upper_bound(fails: Callable[..., str]) -> None:
+    assert "effective_bits 1.995 exceed target_bits 1.9" in fails(chain(target=1.9))
+
+
+def test_all_steps_must_belong_together(fails: Callable[..., str]) -> None:
+    inputs = chain()
+    make("bank", "bank", text("another"), model="model", statistics="statistics")
+    assert "error: ppo.plan: made from another bank; delete it and run again" in fails(inputs)
+    other = {**chain(), "quantized": make("recovery", "other", checkpoint(9), checkpoint="ppo.before")}
+    assert "error: ppo.p2: made from another other" in fails(other)
+
+
+def test_evaluations_must_be_on_the_same_data(fails: Callable[..., str]) -> None:
+    inputs = chain()
+    make("perplexity", "p0", perplexity(19.4, tokens=7), checkpoint="model", calibration="calibration")
+    assert "perplexity was measured on different data (tokens" in fails(inputs)
+    inputs = chain()
+    make("zero_shot", "z0", zero_shot(0.5, samples=7), checkpoint="model", calibration="calibration")
+    assert "zero-shot accuracy was measured on different data (samples" in fails(inputs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5])
+def test_values_must_make_sense(value: float, fails: Callable[..., str]) -> None:
+    assert "perplexity.wikipedia.quantized" in fails(chain(quantized=value))
+
+
+def test_what_is_missing_is_named(fails: Callable[..., str]) -> None:
+    inputs = chain()
+    make("recovery", "ppo.after", checkpoint(SIZE), checkpoint="ppo.before")
+    make("perplexity", "ppo.p2", perplexity(50.0), checkpoint="ppo.after")
+    make("zero_shot", "ppo.z", zero_shot(0.375), checkpoint="ppo.after")
+    assert "ppo.after: its manifest has no notes.measured_bytes" in fails(inputs)
+    inputs = chain()
+    Path("ppo.after.manifest.json").unlink()
+    assert "ppo.after.manifest.json: not a readable manifest" in fails(inputs)
+    inputs = chain()
+    Path("p0").write_text("{")
+    assert "p0: damaged" in fails(inputs)
+
+
+def test_files_that_are_no_results() -> None:
+    for content in ("{", "{}", json.dumps({**assemble(chain()), "more": 1})):
+        Path("x.json").write_text(content)
+        with pytest.raises(WindquantError, match=r"x\.json: "):
+            result.load(Path("x.json"))
+
+
+def test_the_parent_run_gets_the_result() -> None:
+    made = ["--model", "m", "--bits", "2.0", "--allocator", "ppo", "--output", "e.json"]
+    step.main("experiment", tracking.run, tracking.Settings, argv=made, light=True)
+    found = assemble(chain(), "results/r.json", "--experiment", "e.json")
+
+    from mlflow.tracking import MlflowClient
+
+    run = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db").get_run(found["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["perplexity.wikipedia.quantized"] == 50.0
+    assert run.data.metrics["effective_bits"] == 1.995
+    assert run.data.metrics["checkpoint_bytes"] == SIZE
+    assert {name: run.data.tags[name] for name in ("chunk", "seed", "model")} == {
+        "chunk": "64",
+        "seed": "5",
+        "model": "m",
+    }
+    artifacts = Path("mlartifacts") / run.info.run_id / "artifacts"
+    assert json.loads((artifacts / "result.json").read_text()) == found
+    assert Plan.load(artifacts / "plan.json").allocator == "ppo"
+
+
+def test_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    for allocator, value in (("uniform", 130.0), ("ppo", 50.0), ("greedy", 60.0)):
+        assemble(chain(allocator, value), f"results/{allocator}.json")
+
+    def compare(*results: str) -> None:
+        argv = ["--output", "results/c.csv", "--results", *results]
+        step.main("comparison", comparison.run, comparison.Settings, ("results*",), argv=argv, light=True)
+
+    compare("results/uniform.json", "results/ppo.json", "results/greedy.json")
+    table = pd.read_csv("results/c.csv")
+    assert list(table["allocator"]) == ["ppo", "greedy", "uniform"]
+    assert list(table["perplexity_wikipedia_quantized"]) == [50.0, 60.0, 130.0]
+    assert list(table["perplexity_wikipedia_original"]) == [19.4] * 3
+    assert list(table["zero_shot_average_quantized"]) == [0.425] * 3
+    assert {"effective_bits", "seconds", "fallback", "actions_scalar-2"} <= set(table)
+
+    assemble(chain("other", target=2.5), "results/other.json")
+    with pytest.raises(SystemExit):
+        compare("results/ppo.json", "results/other.json")
+    assert "cannot compare different values of target_bits: 2.0, 2.5" in capsys.readouterr().err
+
+
+def test_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    assemble(chain())
+    capsys.readouterr()
+    summary.main(["results/r.json"])
+    output = capsys.readouterr().out
+    lines = [" ".join(word for word in line.split() if word not in "│┃|") for line in output.splitlines()]
+    assert "perplexity, wikipedia 19.40 50.00" in lines
+    assert "accuracy, cloze 50.0% 37.5% ± 4.0%" in lines
+    assert "effective bits per weight 16 1.9950" in lines
+    assert "checkpoint size (original: FP16) 0.8 MB 0.2 MB" in lines
+    assert any(line.startswith("total 0:0") for line in lines)
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in output
+    assert "\x1b" not in output  # no colours in a pipe
+    assert max(map(len, output.splitlines())) <= 120
+
+    with pytest.raises(SystemExit) as caught:
+        summary.main(["results/none.json"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: results/none.json: not a readable result")
+
+
+def test_the_command_that_shows_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.prefix", str(Path.cwd() / ".venv"))
+    assert summary.interface() == ".venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert summary.interface() == "open http://server:5000 in a browser"

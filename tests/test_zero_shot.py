@@ -1,0 +1,192 @@
+"""Zero-shot: the records made from articles, lm-eval's scores against our own, local files in the Hub's columns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from windquant import calibration, models, step
+from windquant.articles import Article
+from windquant.evaluation import zero_shot
+from windquant.evaluation.perplexity import token_losses
+from windquant.evaluation.tasks import cloze_records, next_sentence_records, sentences
+
+
+@pytest.fixture(scope="module")
+def articles(text_file: Path) -> list[Article]:
+    documents = text_file.read_text().strip().split("\n\n")[:12]
+    return [Article(f"T{number}", text.split("\n")) for number, text in enumerate(documents)]
+
+
+# -- records
+
+
+def test_sentences_are_not_cut_at_abbreviations_and_initials() -> None:
+    text = "Mr. Smith met J. K. Rowling in St. Louis. It was 5 p.m. on a cold day! \n “Why?” he asked (again). The end."
+    assert sentences(text) == [
+        "Mr. Smith met J. K. Rowling in St. Louis.",
+        "It was 5 p.m. on a cold day!",
+        "“Why?” he asked (again).",
+        "The end.",
+    ]
+
+
+def test_cloze_asks_for_a_word_that_the_context_mentions(articles: list[Article]) -> None:
+    records = cloze_records(articles, 30)
+    assert len(records) == 30 and cloze_records(articles, 30) == records
+    texts = {article.title: article.text.replace("\n\n", " ") for article in articles}
+    for record in records:
+        assert f"{record['context']} {record['target']}." in texts[record["title"]]
+        words = record["context"].split()
+        assert record["target"] in record["context"] and record["target"] != words[-1]
+    assert len({record["title"] for record in records}) == 12  # drawn evenly
+
+
+def test_next_sentence_has_one_true_choice_and_no_telling_position(articles: list[Article]) -> None:
+    records = next_sentence_records(articles, 60)
+    texts = {article.title: article.text.replace("\n\n", " ") for article in articles}
+    for record in records:
+        truth = record["choices"][record["label"]]
+        assert f"{record['context']} {truth}" in texts[record["title"]]
+        assert len(set(record["choices"])) == 4
+        for choice in record["choices"]:
+            assert (choice in texts[record["title"]]) == (choice == truth)
+            assert 0.8 < len(choice) / len(truth) < 1.25 or choice == truth
+    counts = [sum(record["label"] == label for record in records) for label in range(4)]
+    assert min(counts) > 5, counts
+
+
+def test_articles_without_sentences_give_no_records() -> None:
+    assert cloze_records([Article("A", ["no sentence here"]), Article("B", [])], 5) == []
+    assert next_sentence_records([Article("A", ["One. Two. Three."])], 5) == []
+
+
+# -- scores
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zero_shot") / "calibration"
+    argv = f"--model {tiny_model_folder} --output {folder} --source file --path {text_file} --samples 1 --length 64"
+    argv += " --reward-samples 1 --recovery-samples 1 --context 64 --cloze-records 20 --next-sentence-records 20"
+    step.main("calibration", calibration.run, calibration.Settings, ("model",), argv=argv.split())
+    return folder
+
+
+def evaluate(model: Path, artifact: Path, output: Path, *flags: str) -> dict[str, Any]:
+    argv = ["--checkpoint", str(model), "--calibration", str(artifact), "--output", str(output), *flags]
+    step.main("zero_shot", zero_shot.run, zero_shot.Settings, ("checkpoint", "calibration"), argv=argv)
+    scores: dict[str, Any] = json.loads(output.read_text())
+    return scores
+
+
+def test_scores_are_those_of_our_own_likelihoods(tiny_model_folder: Path, artifact: Path, tmp_path: Path) -> None:
+    scores = evaluate(tiny_model_folder, artifact, tmp_path / "x.json", "--limit", "12")
+    assert scores.keys() == {"cloze", "next_sentence"}
+    model, tokenizer = models.load(tiny_model_folder), models.load_tokenizer(tiny_model_folder)
+
+    def loss(context: str, continuation: str) -> float:
+        whole = tokenizer(f"{context} {continuation}").input_ids
+        losses = token_losses(model, torch.tensor([whole]))
+        return float(losses[0, len(tokenizer(context).input_ids) - 1 :].sum())
+
+    records = [json.loads(line) for line in (artifact / "next_sentence.jsonl").read_text().splitlines()[:12]]
+    right = 0
+    for record in records:
+        losses = [loss(record["context"], choice) for choice in record["choices"]]
+        right += losses.index(min(losses)) == record["label"]
+    found = scores["next_sentence"]
+    assert found["accuracy"] == pytest.approx(right / 12)
+    assert found["stderr"] == pytest.approx((right / 12 * (1 - right / 12) / 11) ** 0.5)
+    assert (found["samples"], found["metric"]) == (12, "acc")
+
+
+def test_metric_by_length_where_a_task_has_it(tiny_model_folder: Path, artifact: Path, tmp_path: Path) -> None:
+    scores = evaluate(tiny_model_folder, artifact, tmp_path / "x.json", "--limit", "2", "--metric", "acc_norm")
+    assert (scores["cloze"]["metric"], scores["next_sentence"]["metric"]) == ("acc", "acc_norm")
+
+
+def test_no_tasks_is_an_empty_document(tiny_model_folder: Path, artifact: Path, tmp_path: Path) -> None:
+    assert evaluate(tiny_model_folder, artifact, tmp_path / "x.json", "--tasks", "") == {}
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "arc_easy.test": {
+        "id": "1",
+        "question": "Which is a river?",
+        "choices": {"text": ["a bridge", "a stream", "a castle"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    },
+    "arc_challenge.test": {
+        "id": "2",
+        "question": "Which is old?",
+        "choices": {"text": ["the engine", "the forest"], "label": ["1", "2"]},
+        "answerKey": "2",
+    },
+    "boolq.validation": {"passage": "The river is wide.", "question": "is the river wide", "idx": 0, "label": 1},
+    "piqa.validation": {"goal": "Cross a river", "sol1": "use a bridge", "sol2": "use a letter", "label": 0},
+    "hellaswag.validation": {
+        "ind": 0,
+        "activity_label": "Crossing",
+        "ctx_a": "A man sees a river. He",
+        "ctx_b": "",
+        "ctx": "A man sees a river. He",
+        "endings": ["swims.", "reads [title] a letter.", "paints.", "sleeps."],
+        "label": "0",
+        "split": "val",
+    },
+    "winogrande.validation": {
+        "sentence": "The bridge was near the river so _ was wet.",
+        "option1": "the bridge",
+        "option2": "the letter",
+        "answer": "1",
+    },
+}
+
+
+def test_the_papers_tasks_run_from_local_files(tiny_model_folder: Path, artifact: Path, tmp_path: Path) -> None:
+    for name, row in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    names = [name.partition(".")[0] for name in ROWS]
+    scores = evaluate(
+        tiny_model_folder, artifact, tmp_path / "x.json", "--tasks", ",".join(names), "--data-dir", str(tmp_path)
+    )
+    assert list(scores) == names
+    for score in scores.values():
+        assert score["samples"] == 3 and score["accuracy"] in (0.0, 1.0) and score["stderr"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tasks", "no_such_task"), ("evaluation.tasks", "no_such_task")),
+        (("--tasks", "piqa", "--data-dir", "nowhere"), ("evaluation.data_dir", "piqa.validation.jsonl")),
+        (("--tasks", "piqa", "--data-dir", "{folder}"), ("evaluation.data_dir", "piqa", "columns")),
+        (("--tasks", "boolq"), ("evaluation.tasks", "boolq", "evaluation.data_dir")),
+    ],
+)
+def test_wrong_keys_are_named(
+    tiny_model_folder: Path,
+    artifact: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    (tmp_path / "piqa.validation.jsonl").write_text('{"question": "x"}\n')
+    with pytest.raises(SystemExit) as stop:
+        evaluate(tiny_model_folder, artifact, tmp_path / "x.json", *(flag.format(folder=tmp_path) for flag in flags))
+    assert stop.value.code == 2 and not (tmp_path / "x.json").exists()
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert all(word in line for word in words), line
+
+
+def test_missing_records_are_named(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        evaluate(tiny_model_folder, tmp_path / "empty", tmp_path / "x.json")
+    assert "cloze needs held-out articles" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Clones of the project, a configuration for the tiny model, and Snakemake as a user calls it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BITS = "4.0"  # at this size the metadata alone takes more than a bit
+MODEL = "tiny"
+Snakemake = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def tiny_config(folder: Path) -> dict[str, object]:
+    """A configuration with one model, and every number small."""
+    return {
+        "calibration": {
+            "source": "file",
+            "path": str(folder / "text.txt"),
+            "test_source": "same",
+            "samples": 8,
+            "length": 64,
+            "reward_samples": 4,
+            "reward_length": 64,
+            "recovery_samples": 16,
+            "recovery_length": 64,
+            "context": 64,
+            "records": 8,
+        },
+        "units": {"chunk": 16},
+        "recovery": {"steps": 2},
+        "evaluation": {"windows": 4, "tasks": ["cloze", "next_sentence"]},
+        "models": {MODEL: {"source": "folder", "path": str(folder / "model")}},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, text_file: Path) -> Path:
+    """A folder with model/, text.txt and a configuration that uses them, config.yaml; all its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copy(text_file, folder / "text.txt")
+    shutil.copytree(tiny_model_folder, folder / "model")
+    (folder / "config.yaml").write_text(yaml.safe_dump(tiny_config(folder)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes a copy of what a clone of this project holds for its workflow."""
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("clone")
+        for name in ("Snakefile", "requirements.lock", "data.dvc", ".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, folder)
+        for name in ("workflow", "config", "windquant"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "profiles").symlink_to("workflow/profiles")
+        (folder / ".dvc").mkdir()
+        for name in ("config", ".gitignore"):
+            shutil.copy(ROOT / ".dvc" / name, folder / ".dvc")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def snakemake() -> Snakemake:
+    """Runs snakemake in a folder as a user does, with no way to any network; output and errors in `stdout`."""
+
+    def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        nowhere = "http://127.0.0.1:9"
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MLFLOW"))},
+            **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), nowhere),
+            "HF_HUB_OFFLINE": "1",
+        }
+        return subprocess.run(
+            [Path(sys.executable).with_name("snakemake"), "--cores", "1", *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+
+    return call

@@ -1,0 +1,105 @@
+"""What a user sees before any work starts: the chain of steps, or one line that says what is wrong."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.workflow.conftest import ROOT, Snakemake
+
+CHAIN = {
+    "experiment_of_model": 1,
+    "experiment_of_plan": 1,
+    "model": 1,
+    "calibration": 1,
+    "statistics": 1,
+    "bank": 1,
+    "allocation": 1,
+    "quantize": 1,
+    "recovery": 1,
+    "perplexity_original": 1,
+    "perplexity": 2,
+    "zero_shot_original": 1,
+    "zero_shot": 1,
+    "result": 1,
+}
+
+
+def planned(output: str) -> dict[str, int]:
+    """Jobs per rule, from Snakemake's table of a dry run."""
+    table = output.partition("Job stats:")[2].partition("total ")[0]
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def folder(clone: Callable[[], Path]) -> Path:
+    return clone()
+
+
+def test_chain_of_a_hub_model_without_network(folder: Path, snakemake: Snakemake) -> None:
+    done = snakemake(folder, "-n", "results/llama2-7b_2.0bits.json")
+    assert done.returncode == 0, done.stdout
+    assert planned(done.stdout) == CHAIN
+    assert "--id=meta-llama/Llama-2-7b-hf" in done.stdout
+    assert not (folder / "data").exists()
+    assert not (folder / "resources").exists()
+
+
+def test_every_ready_model_has_a_chain(folder: Path, snakemake: Snakemake) -> None:
+    models = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["models"]
+    assert {"smollm2-135m", "llama2-7b", "llama3-8b", "llama3.2-1b", "llama3.2-3b"} < set(models)
+    done = snakemake(folder, "-n", *(f"results/{name}_2.0bits.json" for name in models))
+    assert done.returncode == 0, done.stdout
+    assert planned(done.stdout) == {name: count * len(models) for name, count in CHAIN.items()}
+
+
+def test_comparison_shares_the_steps_of_the_model(folder: Path, snakemake: Snakemake) -> None:
+    done = snakemake(folder, "-n", "results/smollm2-135m_2.0bits.comparison.csv")
+    jobs = planned(done.stdout)
+    assert jobs["bank"] == jobs["statistics"] == jobs["perplexity_original"] == 1
+    assert jobs["allocation"] == jobs["recovery"] == jobs["result"] == 5
+    assert jobs["comparison"] == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("results/smolm2-135m_2.0bits.json", "unknown model smolm2-135m, did you mean smollm2-135m?"),
+        ("results/nothing_2.0bits.json", "unknown model nothing; config/config.yaml has smollm2-135m, llama2-7b"),
+        ("data/bank/nothing.safetensors", "unknown model nothing"),
+        ("results/smollm2-135m_0.5bits.json", "0.5 bits: impossible; give 1 to 16 bits per weight"),
+        ("results/smollm2-135m_17bits.json", "17 bits: impossible"),
+        ("results/smollm2-135m_-2bits.greedy.json", "-2 bits: impossible"),
+        ("results/smollm2-135m_2.0bits.gredy.json", "unknown allocator gredy, did you mean greedy?"),
+    ],
+)
+def test_impossible_targets(folder: Path, snakemake: Snakemake, target: str, message: str) -> None:
+    refused(snakemake(folder, target), message)
+    assert not (folder / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("recovery={step: 3}", "recovery.step: unknown key; did you mean recovery.steps?"),
+        ("models={x: {source: hub}}", "models.x.id: missing"),
+        ("models={x: {source: folder, path: nowhere}}", None),
+        ("units={chunk: many}", "units.chunk: 'many' is not of type 'integer'"),
+    ],
+)
+def test_wrong_configuration(folder: Path, snakemake: Snakemake, setting: str, message: str | None) -> None:
+    done = snakemake(folder, "--config", setting, "--", "results/x_2.0bits.json")
+    refused(done, message or "models.x.path: 'nowhere' is neither a file nor a folder")
+
+
+def refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    """The call failed with one line that holds `message`, and no traceback."""
+    assert done.returncode == 1
+    lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stdout
+    assert message in lines[0]
+    assert "Traceback" not in done.stdout
+    assert done.stdout.rstrip().endswith(lines[0])

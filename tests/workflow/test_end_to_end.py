@@ -1,0 +1,135 @@
+"""The whole workflow on a tiny model, for real, and what runs again after a change."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.conftest import BITS, MODEL, Snakemake
+from tests.workflow.test_dry_run import CHAIN, planned
+
+RESULT = f"results/{MODEL}_{BITS}bits.json"
+GREEDY = f"results/{MODEL}_{BITS}bits.greedy.json"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, clone: Callable[[], Path], snakemake: Snakemake) -> Path:
+    """A clone in which the tiny model's results for PPO and greedy have been made."""
+    folder = clone()
+    shutil.copy(tiny_folder / "config.yaml", folder / "config" / "config.yaml")
+    done = snakemake(folder, RESULT, GREEDY)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return folder
+
+
+def again(folder: Path, snakemake: Snakemake, *arguments: str) -> dict[str, int]:
+    """The jobs that would run."""
+    done = snakemake(folder, "-n", *arguments)
+    assert done.returncode == 0, done.stdout
+    return planned(done.stdout)
+
+
+def test_result_and_everything_on_the_way(finished: Path) -> None:
+    result = json.loads((finished / RESULT).read_text())
+    assert result["model"] == MODEL
+    assert result["target_bits"] == float(BITS)
+    assert 0 < result["effective_bits"] <= float(BITS)
+    assert result["allocator"] == "ppo"
+    assert result["perplexity"]
+    assert set(result["zero_shot"]) == {"cloze", "next_sentence"}
+    assert json.loads((finished / GREEDY).read_text())["allocator"] == "greedy"
+    for name in (f"data/plans/{MODEL}_{BITS}bits.ppo.json", f"data/checkpoints/{MODEL}_{BITS}bits.greedy/quantized"):
+        manifest = json.loads((finished / f"{name}.manifest.json").read_text())
+        assert manifest["output"]["path"] == name
+    logs = sorted(path.relative_to(finished / "logs").as_posix() for path in (finished / "logs").rglob("*.log"))
+    assert f"recovery/{MODEL}_{BITS}bits.ppo.log" in logs
+    assert len(list((finished / "logs").rglob("*.benchmark.jsonl"))) == len(logs)
+    assert not list(finished.rglob("*.partial-*"))
+
+
+def test_tracking_has_a_run_for_every_step(finished: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, max_results=1000)
+    assert {run.info.status for run in runs if "step" in run.data.tags} == {"FINISHED"}
+    steps = [run.data.tags["step"] for run in runs if "step" in run.data.tags]
+    for step, count in {"statistics": 1, "bank": 1, "allocation": 2, "recovery": 2, "perplexity": 5}.items():
+        assert steps.count(step) == count, step
+
+
+def test_second_call_has_nothing_to_do(finished: Path, snakemake: Snakemake) -> None:
+    assert again(finished, snakemake, RESULT, GREEDY) == {}
+    done = snakemake(finished, RESULT, GREEDY)
+    assert done.returncode == 0
+    assert "Nothing to be done" in done.stdout
+
+
+def test_recovery_steps_rerun_recovery_and_evaluation_only(finished: Path, snakemake: Snakemake) -> None:
+    jobs = again(finished, snakemake, RESULT, "--config", "recovery={steps: 3}")
+    assert jobs == {"recovery": 1, "perplexity": 1, "zero_shot": 1, "result": 1}
+
+
+def test_another_budget_keeps_statistics_and_bank(finished: Path, snakemake: Snakemake) -> None:
+    jobs = again(finished, snakemake, f"results/{MODEL}_5.0bits.json")
+    shared = {"experiment_of_model", "model", "calibration", "statistics", "bank", "perplexity_original"}
+    assert jobs == {rule: n for rule, n in CHAIN.items() if rule not in {*shared, "zero_shot_original"}}
+
+
+def test_chunk_reruns_everything_after_the_calibration(finished: Path, snakemake: Snakemake) -> None:
+    jobs = again(finished, snakemake, RESULT, "--config", "units={chunk: 8}")
+    assert jobs["statistics"] == jobs["bank"] == jobs["recovery"] == 1
+    assert not {"model", "calibration", "perplexity_original", "zero_shot_original"} & set(jobs)
+
+
+def test_evaluation_settings_rerun_evaluations_only(finished: Path, snakemake: Snakemake) -> None:
+    jobs = again(finished, snakemake, RESULT, "--config", "evaluation={windows: 3}")
+    assert jobs == {"perplexity_original": 1, "perplexity": 2, "result": 1}
+
+
+def test_comments_rerun_nothing_and_code_reruns_its_step(finished: Path, snakemake: Snakemake) -> None:
+    path = finished / "windquant" / "recovery.py"
+    code = path.read_text()
+    try:
+        path.write_text(code.replace('"""', '"""Edited. ', 1) + "\n\n# a comment\n")
+        assert again(finished, snakemake, RESULT) == {}
+        path.write_text(f"{code}\nUNUSED = 1\n")
+        assert again(finished, snakemake, RESULT) == {"recovery": 1, "perplexity": 1, "zero_shot": 1, "result": 1}
+    finally:
+        path.write_text(code)
+    assert again(finished, snakemake, RESULT) == {}
+
+
+def test_changed_model_reruns_all(finished: Path, snakemake: Snakemake, tiny_folder: Path) -> None:
+    path = tiny_folder / "model" / "generation_config.json"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content.replace(b"}", b"\n}"))
+        assert {"model", "calibration", "recovery", "result"} < set(again(finished, snakemake, RESULT))
+    finally:
+        path.write_bytes(content)
+    assert again(finished, snakemake, RESULT) == {}, "same content, younger file"
+
+
+def test_deleted_artifact_is_made_again_with_what_follows(finished: Path, snakemake: Snakemake) -> None:
+    hidden = finished / "results" / "hidden.json"
+    result = finished / RESULT
+    result.rename(hidden)
+    try:
+        assert again(finished, snakemake, RESULT) == {"result": 1}
+    finally:
+        hidden.rename(result)
+
+
+def test_bits_below_the_banks_lowest_are_refused(finished: Path, snakemake: Snakemake) -> None:
+    target = f"results/{MODEL}_1.0bits.greedy.json"
+    done = snakemake(finished, target)
+    assert done.returncode == 1
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stdout
+    assert "1.0" in errors[0]
+    assert not (finished / target).exists()
+    assert not (finished / f"data/plans/{MODEL}_1.0bits.greedy.json").exists()

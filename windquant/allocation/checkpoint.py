@@ -1,0 +1,57 @@
+"""A search's state on disk: tensors as safetensors, the rest as JSON, in one file that is replaced as a whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from windquant.allocation import features
+
+FORMAT = f"1.{features.VERSION}"
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor | NDArray[Any]], document: dict[str, Any]) -> None:
+    """Write beside, then rename: a kill leaves the previous state."""
+    packed = {name: torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value).contiguous().clone()
+              for name, value in tensors.items()}  # fmt: skip
+    beside = path.with_name(path.name + ".new")
+    save_file(packed, beside, {"format": FORMAT, "document": json.dumps(document)})
+    beside.replace(path)
+
+
+def load(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The state if there is a whole one of this format whose document's "key" is `key`, else None."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                return None
+            document = json.loads(metadata["document"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, ValueError):
+        return None  # half a file: start over
+    return (tensors, document) if document.get("key") == key else None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's moments and step counts by parameter index; empty before the first step."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of `optimizer_tensors`."""
+    document = optimizer.state_dict()
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    document["state"] = state
+    optimizer.load_state_dict(document)

@@ -1,0 +1,97 @@
+"""What is known about a unit before any decision: features for the policy and for the loss model's corrections."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from windquant.allocation.budget import prices
+from windquant.bank import Bank
+
+#: Version of the observation: a policy reads only observations of its own version.
+VERSION = 1
+#: Logarithms of an action's error in the policy's observation are cut here: beyond, the choice is clear.
+REACH = 8.0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where every unit sits; all arrays are [U]."""
+
+    kinds: list[str]  # kinds of linear, sorted
+    kind: NDArray[np.int64]  # index into `kinds`
+    layer: NDArray[np.int64]  # 0 = first
+    depth: NDArray[np.float64]  # -1 first layer .. 1 last layer
+    rank: NDArray[np.float64]  # -0.5 most salient chunk of its linear .. 0.5 least salient
+    first: NDArray[np.bool_]  # most salient chunk of its linear
+    above: NDArray[np.int64]  # the same chunk of the same kind of linear one layer earlier, -1: there is none
+
+
+def geometry(bank: Bank) -> Geometry:
+    kinds = sorted({linear.kind for linear in bank.linears})
+    kind = np.array([kinds.index(linear.kind) for linear in bank.linears])[bank.linear]
+    layer = np.array([linear.layer for linear in bank.linears])[bank.linear]
+    chunks = np.bincount(bank.linear, minlength=len(bank.linears))[bank.linear]
+    places = zip(layer.tolist(), kind.tolist(), bank.position.tolist(), strict=True)
+    where: dict[tuple[int, int, int], int] = {place: unit for unit, place in enumerate(places)}
+    above = [where.get((place[0] - 1, *place[1:]), -1) for place in where]
+    return Geometry(
+        kinds=kinds,
+        kind=kind,
+        layer=layer,
+        depth=2 * layer / max(1, layer.max()) - 1,
+        rank=bank.position / np.maximum(1, chunks - 1) - 0.5,
+        first=bank.position == 0,
+        above=np.array(above),
+    )
+
+
+def corrections(bank: Bank) -> tuple[list[str], NDArray[np.float64]]:
+    """Directions in which the bank's errors are believed to be wrong: names [d] and values [U, d].
+
+    The logarithm of an error's multiplier is values @ w with w ~ N(0, 1) before any measurement: every column is scaled
+    by how wrong the bank is expected to be in its direction (0.5: a factor of 1.6 either way).
+    """
+    place = geometry(bank)
+    kind = np.eye(len(place.kinds))[place.kind]
+    last = place.layer.max()
+    columns: list[tuple[str, NDArray[np.float64]]] = [
+        *((f"kind {name}", 0.5 * kind[:, i]) for i, name in enumerate(place.kinds)),
+        ("depth", 0.4 * place.depth),
+        ("depth squared", 0.5 * (place.depth**2 - 1 / 3)),
+        ("first layer", 0.4 * (place.layer == 0)),
+        ("last layer", 0.4 * (place.layer == last)),
+        ("first chunk", 0.5 * place.first),
+        ("rank", 0.5 * place.rank),
+        *((f"depth x kind {name}", 0.3 * kind[:, i] * place.depth) for i, name in enumerate(place.kinds)),
+    ]
+    return [name for name, _ in columns], np.stack([values for _, values in columns], axis=1)
+
+
+def unit_features(bank: Bank) -> NDArray[np.float32]:
+    """[U, F] what the policy sees of a unit and what no decision changes; everything is of order one."""
+    place = geometry(bank)
+    errors = prices(bank)
+    kind = np.eye(len(place.kinds))[place.kind]
+    worst = np.where(np.isfinite(errors), errors, 0.0).max(axis=1)
+    columns = [
+        kind,
+        kind * place.depth[:, None],
+        np.stack([place.depth, place.depth**2 - 1 / 3, place.layer == 0, place.layer == place.layer.max()], axis=1),
+        np.stack([place.rank, place.first], axis=1),
+        np.stack([standard(np.log(positive(values))) for values in (bank.energy, worst, bank.unit_weights)], axis=1),
+    ]
+    return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`values` with zeros (and anything that is no number) replaced by the smallest positive one, for a logarithm."""
+    good = np.isfinite(values) & (values > 0)
+    floor = values[good].min() if good.any() else 1.0
+    return np.where(good, values, floor)
+
+
+def standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean 0, standard deviation 1, cut at 3; zeros where all values are equal."""
+    spread = values.std()
+    return np.clip((values - values.mean()) / spread, -3, 3) if spread > 1e-12 else np.zeros_like(values)

@@ -1,0 +1,378 @@
+"""PPO: a policy that learns where the bank's loss model is wrong, from few measured plans.
+
+A measurement of a plan's real loss costs seconds and is one number for thousands of decisions. So it does not pay them
+directly: it refits the *loss model* (`loss_model.py`: a few multipliers of the predicted errors), and the model's
+corrected errors pay every decision (`environment.py`). The search goes round in a loop:
+
+    1. Episodes walk through all units; the policy starts as the Lagrangian plan (`policy.py`).
+    2. A few of them, made under hypotheses drawn from the loss model's posterior (Thompson sampling), are measured:
+       plans that differ in what is still unknown, none of them far from the best.
+    3. The loss model is refitted; PPO trains on the rewards in its errors.
+
+At the end the deterministic policy proposes plans in the same way for the evaluations that are left. The best *measured*
+plan wins; the Lagrangian plan is always the first that is measured, so nothing worse can come out (on the reward split).
+
+The search's state is written after every update: a killed search goes on and ends with the same plan.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.logger import KVWriter, Logger
+
+from windquant.allocation import checkpoint, lagrangian
+from windquant.allocation.budget import Choice, fill, limit, prices, take
+from windquant.allocation.environment import AllocationVecEnv, Brief, Walk
+from windquant.allocation.loss_model import LossModel
+from windquant.allocation.policy import AllocationPolicy
+from windquant.allocation.settings import SearchSettings
+from windquant.bank import Bank
+
+UPDATES = 8  # of the policy per walk through all units
+MINIBATCHES = 4  # per epoch
+GAE_LAMBDA = 0.5  # the shaped rewards are local: far rewards would add noise only
+TRAINING_SHARE = 2 / 3  # of the evaluations; the rest measures what the trained policy proposes
+ROUND = 3  # proposals that are measured before the loss model is refitted
+
+Measure = Callable[[Choice], float]
+Report = Callable[[dict[str, float], int], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The plan that a search ends with."""
+
+    choice: Choice
+    fallback: bool  # the learned plans could not be used
+    search: dict[str, Any]  # for the plan's file
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured plan."""
+
+    choice: Choice
+    loss: float  # nats per token, inf where it is not finite
+    source: str  # lagrangian, sampled or deterministic
+    predicted: float  # by the bank
+    corrected: float  # by the loss model as it was before the measurement
+
+
+def search(
+    bank: Bank,
+    target_bits: float,
+    seed: int,
+    settings: SearchSettings,
+    measure: Measure,
+    cache: Path | None = None,
+    report: Report | None = None,
+) -> Found:
+    """Train a policy for one target and return the best measured plan.
+
+    `measure(choice [U])` is the loss gap in nats per token of a materialized plan; it is called at most
+    `settings.evaluations` times. `cache` is a folder for the state; `report(values, update)` gets the learning curve.
+    Raises WindquantError if the target cannot be met. Same seed, same plan.
+    """
+    with threads(1) as original:
+
+        def measured(choice: Choice) -> float:
+            with threads(original):
+                return measure(choice)
+
+        return Search(bank, target_bits, seed, settings, measured, cache, report).run()
+
+
+class Search:
+    """One search. Its methods follow the loop above."""
+
+    def __init__(
+        self,
+        bank: Bank,
+        target_bits: float,
+        seed: int,
+        settings: SearchSettings,
+        measure: Measure,
+        cache: Path | None,
+        report: Report | None,
+    ) -> None:
+        self.bank, self.target, self.seed, self.settings = bank, target_bits, seed, settings
+        self.measure, self.cache, self.report = measure, cache, report or (lambda values, update: None)
+        self.budget = limit(bank, target_bits)
+        self.random = np.random.default_rng(seed)
+        self.model = LossModel(bank)
+        self.trials: list[Trial] = []
+        self.curve: list[dict[str, float]] = []
+        self.walks = max(1, -(-settings.episodes // settings.n_envs))
+        self.walked = 0  # finished walks (of n_envs episodes each)
+        self.learned = self.model.weights  # the loss model that the policy was trained for last
+        self.schedule = spread(round(TRAINING_SHARE * (settings.evaluations - 1)), self.walks)
+        self.stages = [target for target in settings.curriculum if target > target_bits]
+        self.key = identity(bank, target_bits, seed, settings)
+
+    def run(self) -> Found:
+        baseline = lagrangian.allocate(self.bank, self.target)
+        if (take(prices(self.bank), baseline) == prices(self.bank).min(axis=1)).all():
+            return Found(baseline, False, {"chosen": "lagrangian", "reason": "the budget takes the best of everything"})
+        if self.settings.evaluations < 2:
+            return Found(baseline, False, {"chosen": "lagrangian", "reason": "nothing to learn without measurements"})
+        env = AllocationVecEnv(Walk(self.bank, self.model), self.settings.n_envs, self.brief, self.finish)
+        ppo = self.trainer(env)
+        if not self.resume(ppo, env):
+            self.trial(baseline, "lagrangian")
+        steps = self.walks * len(self.bank.linear)
+        for update in range(len(self.curve), -(-steps // ppo.n_steps)):
+            self.save(ppo, env)
+            ppo.learn(1, reset_num_timesteps=False, log_interval=10**9)  # one rollout and its update
+            ppo.logger.record("reward", float(ppo.rollout_buffer.rewards.mean()))
+            ppo.logger.dump(update)
+        self.propose(ppo.policy)
+        return self.conclude()
+
+    # 1. episodes
+
+    def trainer(self, env: AllocationVecEnv) -> MaskablePPO:
+        steps = -(-len(self.bank.linear) // UPDATES)
+        ppo = MaskablePPO(
+            AllocationPolicy,
+            env,
+            n_steps=steps,
+            batch_size=-(-steps * env.num_envs // MINIBATCHES),
+            n_epochs=self.settings.epochs,
+            learning_rate=self.settings.learning_rate,
+            gamma=1.0,
+            gae_lambda=GAE_LAMBDA,
+            policy_kwargs={"layout": env.walk.layout, "hidden": self.settings.hidden},
+            device="cpu",
+            seed=self.seed,
+        )
+        ppo.set_logger(Logger(None, [CurveWriter(self.curve, self.report)]))
+        return ppo
+
+    def brief(self) -> Brief:
+        """What the next walk is about: its target, and one hypothesis per episode.
+
+        The first episodes will be measured, so they are at the real target. Every second one of the others follows the
+        most probable loss model, which the policy has to learn; the rest is told how its hypothesis differs from that.
+        """
+        count = self.settings.n_envs
+        stage = self.walked * (len(self.stages) + 2) // self.walks  # the real target gets two shares
+        target = self.stages[stage] if stage < len(self.stages) else self.target
+        measured = self.measurements()
+        targets = np.array([self.target] * measured + [target] * (count - measured))
+        if self.walked < self.walks:
+            self.learned = self.model.weights
+        samples = np.stack([self.model.sample(self.random) for _ in range(count)])
+        told = (np.arange(count) < measured) | (np.arange(count) % 2 == 1)
+        offset = np.where(told[:, None], samples - self.learned, 0.0)
+        return Brief(targets, self.learned + offset, offset)
+
+    def measurements(self) -> int:
+        """How many episodes of this walk are measured."""
+        planned = self.schedule[self.walked] if self.walked < self.walks else 0
+        return min(planned, self.settings.n_envs, self.left())
+
+    # 2. measurements
+
+    def finish(self, brief: Brief, choice: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Measure the first episodes of the finished walk [E, U]; the loss model hands their reward to the decisions."""
+        for plan in choice[: self.measurements()]:
+            self.trial(fill(self.bank, plan, self.budget), "sampled")
+        self.walked += 1
+        return np.zeros(len(choice))
+
+    def left(self) -> int:
+        return self.settings.evaluations - len(self.trials)
+
+    def trial(self, choice: Choice, source: str) -> bool:
+        """Measure a plan, unless it was measured before. Returns whether it was new."""
+        if any(np.array_equal(choice, trial.choice) for trial in self.trials):
+            return False
+        loss = self.measure_once(choice)
+        self.trials.append(
+            Trial(choice, loss, source, self.bank.predicted_loss(choice), self.model.predict(choice))
+        )
+        self.model.add(choice, loss)
+        return True
+
+    def measure_once(self, choice: Choice) -> float:
+        """The measured loss; a killed search finds it in a file."""
+        name = hashlib.sha256(choice.astype("<i8").tobytes()).hexdigest()
+        record = self.cache / "measured.jsonl" if self.cache else None
+        if record and record.exists():
+            for line in record.read_text().splitlines():
+                entry = json.loads(line) if line.endswith("}") else {}
+                if entry.get("key") == self.key and entry.get("plan") == name:
+                    return float(entry["loss"])
+        loss = float(self.measure(choice))
+        loss = loss if np.isfinite(loss) else np.inf
+        if record:
+            with record.open("a") as file:
+                file.write(json.dumps({"key": self.key, "plan": name, "loss": repr(loss)}) + "\n")
+        return loss
+
+    def propose(self, policy: AllocationPolicy) -> None:
+        """Spend the evaluations that are left on plans of the deterministic policy."""
+        idle = 0
+        walk = Walk(self.bank, self.model)
+        while self.left() > 0 and idle < 3:
+            samples = [self.model.sample(self.random) for _ in range(ROUND - 1)]
+            weights = np.stack([self.model.weights, *samples])
+            walk.begin(Brief(np.full(len(weights), self.target), weights, weights - self.learned))
+            new = False
+            for plan in deterministic(policy, walk)[: self.left()]:
+                new |= self.trial(fill(self.bank, plan, self.budget), "deterministic")
+            idle = 0 if new else idle + 1
+
+    # 3. state, result
+
+    def save(self, ppo: MaskablePPO, env: AllocationVecEnv) -> None:
+        """Write everything that the next update depends on."""
+        if self.cache is None or ppo._last_obs is None:
+            return
+        name, numbers, *rest = np.random.get_state()  # stable-baselines3 shuffles its minibatches with it
+        trials = {
+            "choice": np.stack([trial.choice for trial in self.trials]),
+            "value": np.array([[trial.loss, trial.predicted, trial.corrected] for trial in self.trials]),
+        }
+        groups = {
+            "policy": ppo.policy.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(ppo.policy.optimizer),
+            "environment": env.state(),
+            "trial": trials,
+            "random": {"torch": torch.get_rng_state(), "numpy": np.asarray(numbers, dtype=np.int64)},
+            "search": {"learned": self.learned},
+        }
+        tensors = {f"{group}/{key}": value for group, entries in groups.items() for key, value in entries.items()}
+        document = {
+            "key": self.key,
+            "curve": self.curve,
+            "walked": self.walked,
+            "sources": [trial.source for trial in self.trials],
+            "timesteps": ppo.num_timesteps,
+            "updates": ppo._n_updates,
+            "random": self.random.bit_generator.state,
+            "numpy_random": [name, *rest],
+        }
+        checkpoint.save(self.cache / "search.safetensors", tensors, document)
+
+    def resume(self, ppo: MaskablePPO, env: AllocationVecEnv) -> bool:
+        """Go on from the last `save`, if there is one of this very search."""
+        found = checkpoint.load(self.cache / "search.safetensors", self.key) if self.cache else None
+        if found is None:
+            return False
+        tensors, document = found
+        groups: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            group, name = key.split("/", 1)
+            groups.setdefault(group, {})[name] = value
+        ppo.policy.load_state_dict(groups["policy"])
+        checkpoint.restore_optimizer(ppo.policy.optimizer, groups.get("optimizer", {}))
+        trials = zip(groups["trial"]["choice"].numpy(), groups["trial"]["value"].tolist(), document["sources"], strict=True)
+        for choice, (loss, predicted, corrected), source in trials:
+            self.trials.append(Trial(choice, loss, source, predicted, corrected))
+            self.model.add(choice, loss)
+        self.curve[:] = document["curve"]
+        self.walked = document["walked"]
+        self.learned = groups["search"]["learned"].numpy()
+        ppo._last_obs = env.restore({name: value.numpy() for name, value in groups["environment"].items()})
+        ppo._last_episode_starts = np.full(env.num_envs, env.walk.unit == 0)
+        ppo.num_timesteps, ppo._n_updates = document["timesteps"], document["updates"]
+        self.random.bit_generator.state = document["random"]
+        name, *rest = document["numpy_random"]
+        np.random.set_state((name, groups["random"]["numpy"].numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(groups["random"]["torch"])
+        return True
+
+    def conclude(self) -> Found:
+        """The best measured plan, and what the search saw."""
+        first, *learned = self.trials
+        best = min(learned, key=lambda trial: trial.loss, default=first)
+        usable = np.isfinite(best.loss)
+        chosen = best if best.loss < first.loss else first
+        split = len(self.model.names)
+        factors = np.exp(self.model.weights)
+        document = {
+            "chosen": chosen.source,
+            "lagrangian_loss": first.loss,
+            "loss": chosen.loss,
+            "evaluations": len(self.trials),
+            "episodes": self.walks * self.settings.n_envs,
+            "pairs": [[t.source, *(round(v, 6) for v in (t.predicted, t.corrected, t.loss))] for t in self.trials],
+            "corrections": {n: round(float(w), 4) for n, w in zip(self.model.names, self.model.weights, strict=False)},
+            "action_factors": dict(zip(self.bank.actions, factors[split:].round(4).tolist(), strict=True)),
+            "curve": self.curve,
+        }
+        if not usable:
+            document["reason"] = "the loss of every learned plan is not finite"
+        elif chosen is first:
+            document["reason"] = "no learned plan measured better than the Lagrangian one"
+        return Found(chosen.choice, not usable, document)
+
+
+class CurveWriter(KVWriter):
+    """Takes the learning curve from stable-baselines3's logger."""
+
+    NAMES = {
+        "reward": "reward",  # mean per decision, in bits of an average unit: 0 is the best under the hypothesis
+        "train/entropy_loss": "negative_entropy",
+        "train/policy_gradient_loss": "policy_loss",
+        "train/value_loss": "value_loss",
+        "train/explained_variance": "explained_variance",
+        "train/approx_kl": "approx_kl",
+    }
+
+    def __init__(self, curve: list[dict[str, float]], report: Report) -> None:
+        self.curve, self.report = curve, report
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        values = {name: round(float(key_values[key]), 6) for key, name in self.NAMES.items() if key in key_values}
+        self.curve.append(values)
+        self.report(values, step)
+
+    def close(self) -> None:
+        pass
+
+
+def deterministic(policy: AllocationPolicy, walk: Walk) -> NDArray[np.int64]:
+    """The plans [E, U] of the policy's best actions, for a walk that has begun."""
+    over = False
+    while not over:
+        with torch.no_grad():
+            observation = torch.as_tensor(walk.observe())
+            action = policy.get_distribution(observation, walk.mask()).get_actions(deterministic=True)
+        _, over = walk.step(action.numpy())
+    return walk.choice
+
+
+def spread(total: int, places: int) -> list[int]:
+    """`total` measurements over the walks, more of them early: what is known early is learned."""
+    share = np.cumsum(np.arange(places, 0, -1))
+    return np.diff(np.round(total * share / share[-1]).astype(int), prepend=0).tolist()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[int]:
+    """Run with `count` torch threads; gives the number from before. One is fastest for a small network."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
+def identity(bank: Bank, target_bits: float, seed: int, settings: SearchSettings) -> str:
+    """What a search depends on, as a digest."""
+    digest = hashlib.sha256(json.dumps([bank.model, bank.actions, target_bits, seed, asdict(settings)]).encode())
+    for array in (bank.linear, bank.position, bank.width, bank.energy, bank.errors, bank.bytes):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

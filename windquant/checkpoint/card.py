@@ -1,0 +1,68 @@
+"""The model card of a packed checkpoint."""
+
+from collections.abc import Mapping
+
+from windquant.packed import Layout
+from windquant.plan import Plan
+from windquant.quantizers import actions
+
+
+def shares(layouts: Mapping[str, Layout]) -> dict[str, float]:
+    """Share of the weights per action, cheapest first; `protected` are the INT8 columns."""
+    counts = dict.fromkeys([*actions(), "protected"], 0)
+    for layout in layouts.values():
+        counts["protected"] += layout.protected * layout.linear.rows
+        for name, width in zip(layout.names, layout.widths, strict=True):
+            counts[name] += width * layout.linear.rows
+    total = sum(counts.values())
+    return {name: count / total for name, count in counts.items() if count}
+
+
+def card(
+    plan: Plan, layouts: Mapping[str, Layout], effective_bits: float, checkpoint_bits: float, measured_bytes: int
+) -> str:
+    """README.md of the checkpoint."""
+    form = next(iter(layouts.values())).format
+    rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in shares(layouts).items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- windquant
+- quantized
+---
+
+# {plan.model} at {effective_bits:.3f} bits
+
+`{plan.model}`, quantized by WINDQuant: every chunk of {form.chunk} input
+channels of a linear weight has a width of its own, chosen by the `{plan.allocator}` allocator.
+
+| | |
+|---|---|
+| effective bits (all stored tensors of the quantized linears) | {effective_bits:.4f} |
+| target bits | {plan.target_bits:g} |
+| checkpoint bits (whole file, all parameters) | {checkpoint_bits:.4f} |
+| bytes of the quantized linears | {measured_bytes:,} |
+| weights quantized | {plan.weights:,} |
+| seed | {plan.seed} |
+
+Share of the quantized weights per action (`protected`: the most salient columns, in 8 bits):
+
+| action | share |
+|---|---|
+{rows}
+
+The whole plan is in `plan.json`; `python -m windquant inspect .` prints it per layer.
+
+## Use
+
+```python
+import windquant  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")  # this folder
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+or `python -m windquant generate . "Once upon a time"`.
+"""

@@ -1,0 +1,248 @@
+"""Write, read and measure the folder of a packed checkpoint.
+
+A folder is checked from the headers of its files before any tensor is read: a file that is truncated, of another
+version or at odds with its plan is refused in one line, never loaded as something else.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from windquant.checkpoint import card, description
+from windquant.checkpoint.header import Entry, entries, weight_files
+from windquant.errors import WindquantError
+from windquant.packed import Layout, unpack_order
+from windquant.plan import Plan
+from windquant.quantizers import actions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+AGAIN = "quantize the model again"
+#: What travels with the weights: the tokenizer's files and the model's licence.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the files of a checkpoint really take, from their headers."""
+
+    effective_bits: float  # 8 * measured_bytes / weights
+    checkpoint_bits: float  # 8 * bytes of all weight files / all parameters, embeddings and head included
+    measured_bytes: int  # all stored tensors of the quantized linears but their biases
+    weights: int  # of the quantized linears
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The parts of a checkpoint, as a step needs them."""
+
+    layouts: dict[str, Layout]  # by linear
+    tensors: dict[str, dict[str, Tensor]]  # by linear: the names, shapes and dtypes of `Layout.shapes`
+    parameters: dict[str, Tensor]  # every other tensor of the file: embeddings, norms, biases
+    plan: Plan
+    config: dict[str, Any]  # config.json
+
+    def order(self, name: str) -> Tensor:
+        """Column order of a linear, int64 [columns]: that of its group's owner."""
+        owner = self.layouts[self.layouts[name].linear.group]
+        return unpack_order(
+            self.tensors[owner.linear.name]["order"], owner.linear.columns, owner.widths, owner.protected
+        )
+
+
+def write(
+    folder: Path,
+    model: "PreTrainedModel",
+    layouts: Mapping[str, Layout],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    plan: Plan,
+    source: Path,
+) -> Measured:
+    """Write a packed checkpoint and measure it.
+
+    model: the original in memory; its other parameters (norms, embeddings, biases) are stored as they are there, in
+    the dtype of `source`'s configuration. tensors: by linear, as `Layout.shapes` names them. source: the original's
+    folder, whose tokenizer is copied. Raises ValueError where layouts, tensors and plan disagree (a caller's bug).
+    """
+    for name, layout in layouts.items():
+        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors[name].items()}
+        if found != layout.shapes():
+            raise ValueError(f"{name}: tensors {found} do not fit the layout {layout.shapes()}")
+    if {name: list(layout.names) for name, layout in layouts.items()} != plan.actions:
+        raise ValueError("the layouts do not follow the plan")
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = _source_dtype(source, next(iter(layouts.values())).format.dtype)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in layouts}
+    state = stored(state, dtype)
+    for name in layouts:
+        state |= {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in tensors[name].items()}
+    _save(folder, model, state, description.describe(layouts, dtype), dtype)
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    plan.save(folder / "plan.json")
+    measured = measure(folder)
+    text = card.card(plan, layouts, measured.effective_bits, measured.checkpoint_bits, measured.measured_bytes)
+    (folder / "README.md").write_text(text)
+    return measured
+
+
+def stored(state: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Floating-point tensors in the dtype that they have on disk; tied ones stay tied. `keep`: names left alone."""
+    kept = set(keep)
+    cast: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.dtype != dtype and name not in kept:
+            tensor = cast.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor.to(dtype))
+        result[name] = tensor
+    return result
+
+
+def _source_dtype(source: Path, otherwise: torch.dtype) -> torch.dtype:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    dtype = config.get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else otherwise
+
+
+def _save(
+    folder: Path, model: "PreTrainedModel", state: dict[str, Tensor], quantization: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """config.json, generation_config.json and the weights, as `save_pretrained` of the loaded checkpoint writes them."""
+    from transformers import GenerationConfig
+
+    config, generation = model.config, model.generation_config
+    packed = copy.deepcopy(config)
+    packed.quantization_config = quantization
+    try:
+        model.config = packed
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # some published models have one that transformers loads but refuses to save
+            model.generation_config = GenerationConfig.from_model_config(config)
+        with quiet():
+            model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config, model.generation_config = config, generation
+    packed.dtype = dtype  # save_pretrained has written the one in memory
+    packed.save_pretrained(folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers: a step has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def read(folder: Path) -> Packed:
+    """The parts of a checkpoint; WindquantError naming the file that is damaged, of another version or off its plan."""
+    config, layouts = read_config(folder)
+    files = weight_files(folder)
+    check(layouts, files)
+    plan = Plan.load(folder / "plan.json")
+    check_plan(layouts, plan, folder / "plan.json")
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in layouts}
+    parameters = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                linear, _, key = name.rpartition(".")
+                if linear in layouts and key != "bias":
+                    tensors[linear][key] = opened.get_tensor(name)
+                else:
+                    parameters[name] = opened.get_tensor(name)
+    return Packed(layouts, tensors, parameters, plan, config)
+
+
+def measure(folder: Path) -> Measured:
+    """Sizes from the headers of the files; WindquantError as `read`."""
+    _, layouts = read_config(folder)
+    files = weight_files(folder)
+    found = check(layouts, files)
+    weights = sum(layout.linear.weights for layout in layouts.values())
+    packed = {
+        name: entry
+        for name, entry in found.items()
+        if name.rpartition(".")[0] in layouts and not name.endswith(".bias")
+    }
+    measured = sum(entry.bytes for entry in packed.values())
+    others = sum(torch.Size(entry.shape).numel() for name, entry in found.items() if name not in packed)
+    return Measured(
+        effective_bits=8 * measured / weights,
+        checkpoint_bits=8 * sum(file.stat().st_size for file in files) / (weights + others),
+        measured_bytes=measured,
+        weights=weights,
+    )
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Layout]]:
+    """config.json and the layouts in it."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        quantization = config["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WindquantError(f"{path}: not the configuration of a windquant checkpoint ({error!r})") from error
+    return config, description.layouts(quantization, path)
+
+
+def check(layouts: Mapping[str, Layout], files: list[Path]) -> dict[str, Entry]:
+    """Compare headers and action tables with the layouts; the headers' entries by tensor. Raises WindquantError."""
+    found: dict[str, Entry] = {}
+    for file in files:
+        found |= entries(file)
+    where = files[0] if len(files) == 1 else files[0].parent
+    ids = {name: index for index, name in enumerate(actions())}
+    for name, layout in layouts.items():
+        for key, (shape, dtype) in layout.shapes().items():
+            entry = found.get(f"{name}.{key}")
+            if entry is None:
+                raise WindquantError(f"{where}: lacks {name}.{key}; {AGAIN}")
+            if entry.shape != shape or entry.dtype != dtype:
+                raise WindquantError(
+                    f"{entry.file}: {name}.{key} is {entry}, but config.json asks for "
+                    f"{description.dtype_name(dtype)} {list(shape)}; {AGAIN}"
+                )
+        table = found[f"{name}.actions"].raw()
+        if table != bytes(ids[action] for action in layout.names):
+            raise WindquantError(
+                f"{found[f'{name}.actions'].file}: the actions of {name} are not those of config.json; {AGAIN}"
+            )
+    return found
+
+
+def check_plan(layouts: Mapping[str, Layout], plan: Plan, path: Path) -> None:
+    """Refuse a plan that is not the one that the checkpoint was made from."""
+    if plan.actions.keys() != layouts.keys():
+        odd = sorted(plan.actions.keys() ^ layouts.keys())[0]
+        raise WindquantError(f"{path}: plan and config.json do not have the same linears (e.g. {odd}); {AGAIN}")
+    for name, layout in layouts.items():
+        if tuple(plan.actions[name]) != layout.names:
+            raise WindquantError(f"{path}: the actions of {name} are not those of config.json; {AGAIN}")
+    predicted = sum(layout.bytes() for layout in layouts.values())
+    if plan.bytes != predicted:
+        raise WindquantError(f"{path}: the plan predicts {plan.bytes} bytes, the tensors take {predicted}; {AGAIN}")

@@ -1,0 +1,119 @@
+"""The registration with transformers: `AutoModelForCausalLM.from_pretrained` of a packed checkpoint.
+
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=WindquantConfig(low_memory=True))
+
+Loading swaps the linears of config.json for `PackedLinear` on the meta device, lets transformers fill their buffers,
+and decodes the weights. All checks happen before a tensor is read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from windquant.checkpoint import description
+from windquant.checkpoint.description import METHOD
+from windquant.checkpoint.files import check, check_plan, stored
+from windquant.checkpoint.linear import PackedLinear
+from windquant.errors import WindquantError
+from windquant.plan import Plan
+
+
+class WindquantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers' base is untyped
+    """`quantization_config` of a packed checkpoint (description.py), and how to load it.
+
+    low_memory: keep only the packed tensors and decode each weight when it is used: slower, and the model takes
+    little more than its file. It is an option of loading, never stored.
+    """
+
+    def __init__(self, low_memory: bool = False, **description: Any) -> None:
+        self.quant_method = METHOD
+        self.low_memory = low_memory
+        self.description = {"quant_method": METHOD, **description}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.description)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What an argument of `from_pretrained` may set although the checkpoint has a configuration of its own."""
+        return {"low_memory": self.low_memory}
+
+
+class WindquantQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers' base is untyped
+    """Loads packed checkpoints; it does not quantize (the steps do)."""
+
+    requires_calibration = True  # a model that is not packed already is refused
+    quantization_config: WindquantConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise WindquantError(
+                "device_map: packed weights cannot be offloaded to disk; load with low_memory=True instead"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        files = [Path(file) for file in checkpoint_files or ()]
+        folder = files[0].parent if files else None
+        layouts = description.layouts(self.quantization_config.description, folder / "config.json" if folder else METHOD)
+        if folder is not None:
+            check(layouts, files)
+            if (folder / "plan.json").is_file():  # save_pretrained and the Hub may leave it out
+                check_plan(layouts, Plan.load(folder / "plan.json"), folder / "plan.json")
+        for name, layout in layouts.items():
+            parent = model.get_submodule(name.rpartition(".")[0])
+            linear = getattr(parent, layout.linear.kind, None)
+            shape = (layout.linear.rows, layout.linear.columns)
+            if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != shape:
+                raise WindquantError(
+                    f"{folder or METHOD}: {name} of {type(model).__name__} is no linear of {shape[0]} x {shape[1]}, as "
+                    "quantization_config has it; config.json does not belong to these weights"
+                )
+            packed = PackedLinear(layout, linear.bias is not None, linear.weight.dtype, linear.weight.device)
+            setattr(parent, layout.linear.kind, packed)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+        for name, module in packed.items():
+            for key, (_, dtype) in module.layout.shapes().items():
+                tensor = module.get_buffer(key)
+                if tensor.is_meta or tensor.dtype != dtype:
+                    raise WindquantError(
+                        f"{name}.{key} was offloaded or loaded as {tensor.dtype}; give a device_map that holds the "
+                        "whole model, or load with low_memory=True on the CPU"
+                    )
+        orders = {name: module.own_order() for name, module in packed.items() if module.layout.owner}
+        for module in packed.values():
+            module.connect(orders[module.layout.linear.group].to(module.get_buffer("codes").device))
+            if not self.quantization_config.low_memory:
+                module.materialize()
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the other parameters in the dtype they were stored in, however loaded."""
+        dtype = description.DTYPES[self.quantization_config.description["dtype"]]
+        packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+        state = model.state_dict()
+        keep = {name for name in state if name.rpartition(".")[0] in set(packed) and not name.endswith(".bias")}
+        return stored(state, dtype, keep), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers know the format; a second call does nothing."""
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(WindquantConfig)
+        auto.register_quantizer(METHOD)(WindquantQuantizer)
+        # without it, an argument of from_pretrained gives way to config.json as a whole
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (WindquantConfig,)

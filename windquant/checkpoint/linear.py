@@ -1,0 +1,75 @@
+"""A packed linear layer: stored tensors as they lie on disk, and the product with what they stand for."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from windquant.packed import Layout, dequantize, unpack_order
+
+
+class PackedLinear(nn.Module):
+    """Stands where an `nn.Linear` of the original model stood.
+
+    The stored tensors are buffers named as in `Layout.shapes`, and keep their dtypes and bits whatever the model is
+    cast to. After loading, `connect` hands the column order over; `materialize` decodes the weight once, else every
+    call decodes it anew and lets go of it.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, layout: Layout, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features, self.out_features = layout.linear.columns, layout.linear.rows
+        self.dtype = dtype  # of the decoded weight
+        for name, (shape, stored) in layout.shapes().items():
+            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+        rows = torch.empty(self.out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(rows, requires_grad=False) if bias else None)
+        self.register_buffer("column_order", None, persistent=False)  # int64 [columns], shared by the group
+        self.register_buffer("dense", None, persistent=False)  # [rows, columns]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {name: self.get_buffer(name) for name in self.layout.shapes()}
+
+    def own_order(self) -> Tensor:
+        """The unpacked column order of a group's owner."""
+        return unpack_order(
+            self.get_buffer("order"), self.layout.linear.columns, self.layout.widths, self.layout.protected
+        )
+
+    def connect(self, order: Tensor) -> None:
+        self.column_order = order
+
+    def materialize(self) -> None:
+        self.dense = self._decode()
+
+    def _decode(self) -> Tensor:
+        return dequantize(self.layout, self.tensors, self.get_buffer("column_order")).to(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight [rows, columns], natural column order."""
+        return self._decode() if self.dense is None else self.get_buffer("dense")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """`.to`, `.half()` and the like: they move the stored tensors, and cast only the decoded weight and bias."""
+        before = self.tensors
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["actions"].device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        bits = 8 * self.layout.bytes() / self.layout.linear.weights
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits:.2f}"

@@ -1,0 +1,225 @@
+"""The configuration: checked against its schema before any work starts, and resolved into the settings of each step.
+
+`config/config.yaml` says what differs from the defaults, which the schema (workflow/schemas/config.schema.yaml)
+states. Every section can be overridden in a model's entry. Nothing heavy is imported: the Snakefile does all this at
+each start.
+"""
+
+import contextlib
+import copy
+import difflib
+import functools
+import hashlib
+import json
+import operator
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from windquant import dependencies, settings
+from windquant.errors import WindquantError
+
+Config = Mapping[str, Any]
+ALLOCATORS = ("ppo", "uniform", "greedy", "lagrangian", "random")
+LOWEST_BITS, HIGHEST_BITS = 1.0, 16.0  # the bank knows the exact lowest ones: they depend on the metadata
+
+
+#: Sources that are read from a path, and what a local model's folder is made of, as far as it is read.
+LOCAL_SOURCES = ("folder", "file", "rows")
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+#: Settings that several steps have to agree on: they are in the section `units`, whichever step uses them.
+UNITS = ("chunk", "protected", "treatment", "order")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the workflow: `python -m module`, with settings from a section of the configuration."""
+
+    module: str
+    section: str
+    arguments: tuple[str, ...] = ()  # settings that the rule gives, from the name of the file that is asked for
+
+    def section_of(self, name: str) -> str:
+        """The section of the configuration that holds one of the step's settings."""
+        return "units" if name in UNITS else self.section
+
+
+STEPS = {
+    "model": Step("windquant.models", "model"),
+    "calibration": Step("windquant.calibration", "calibration"),
+    "statistics": Step("windquant.statistics", "statistics"),
+    "bank": Step("windquant.bank", "units"),
+    "allocation": Step("windquant.allocation", "search", arguments=("allocator", "target_bits")),
+    "quantize": Step("windquant.quantize", "quantize"),
+    "recovery": Step("windquant.recovery", "recovery"),
+    "perplexity": Step("windquant.evaluation.perplexity", "evaluation"),
+    "zero_shot": Step("windquant.evaluation.zero_shot", "evaluation"),
+}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A YAML file as a dictionary; raises WindquantError if it is missing or not YAML."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise WindquantError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise WindquantError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(document, dict):
+        raise WindquantError(f"{path}: holds no keys; see config/README.md")
+    return document
+
+
+def validate(config: Config, schema: Config) -> dict[str, Any]:
+    """The configuration, with numbers that YAML or the command line took for text (6e-3) made numbers again.
+
+    Raises WindquantError for a key that is unknown or missing and for a value that cannot be.
+    """
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(schema)
+    checked = copy.deepcopy(dict(config))
+    for error in list(validator.iter_errors(checked)):
+        if error.validator in ("type", "anyOf") and isinstance(error.instance, str):
+            with contextlib.suppress(ValueError):
+                *path, key = error.absolute_path
+                functools.reduce(operator.getitem, path, checked)[key] = json.loads(error.instance)
+    errors = sorted(validator.iter_errors(checked), key=_severity)
+    if errors:
+        raise WindquantError(f"configuration: {_message(errors[0], schema)}")
+    return checked
+
+
+def resolve(config: Config, schema: Config, model: str) -> dict[str, Any]:
+    """What holds for a model: defaults of the schema, then the configuration, then the model's own entry.
+
+    Returns {"model": {"name", "source", ...}, section: {key: value}, "seed": int}.
+    Raises WindquantError if the configuration has no such model.
+    """
+    entries = config.get("models") or {}
+    if model not in entries:
+        raise WindquantError(
+            f"unknown model {model}{_did_you_mean(model, entries)}; config/config.yaml has {', '.join(entries)}"
+        )
+    entry = entries[model]
+    sections = _sections(schema)
+    resolved: dict[str, Any] = {"model": {"name": model, **{k: v for k, v in entry.items() if k not in sections}}}
+    for name, section in sections.items():
+        layers = [layer[name] for layer in (config, entry) if layer.get(name) is not None]
+        if "properties" in section:
+            defaults = {key: value["default"] for key, value in section["properties"].items() if "default" in value}
+            resolved[name] = {key: value for layer in [defaults, *layers] for key, value in layer.items()}
+        else:  # a plain value, such as the seed
+            resolved[name] = layers[-1] if layers else section["default"]
+    return resolved
+
+
+def step_settings(resolved: Config, name: str) -> dict[str, Any]:
+    """The settings of a step: what the configuration says about the fields of its module's `Settings`."""
+    step = STEPS[name]
+    keys = [(key, step.section_of(key)) for key in dependencies.settings(step.module)]
+    return {key: resolved[section][key] for key, section in keys if key in resolved[section]}
+
+
+def flags(resolved: Config, step: str) -> str:
+    """The settings of a step as they stand on its command line, ready for the shell."""
+    return shlex.join(settings.to_flags(step_settings(resolved, step)))
+
+
+def sha256(resolved: Config) -> str:
+    """Digest of what holds for a model."""
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
+
+
+def check_bits(text: str) -> float:
+    """Target bits per weight from a file name; raises WindquantError if they cannot be."""
+    bits = float(text)
+    if not LOWEST_BITS <= bits <= HIGHEST_BITS:
+        raise WindquantError(f"{text} bits: impossible; give {LOWEST_BITS:g} to {HIGHEST_BITS:g} bits per weight")
+    return bits
+
+
+def check_allocator(name: str) -> str:
+    """Raise WindquantError for a name that is no allocator."""
+    if name not in ALLOCATORS:
+        hint = _did_you_mean(name, ALLOCATORS)
+        raise WindquantError(f"unknown allocator {name}{hint}; there are {', '.join(ALLOCATORS)}")
+    return name
+
+
+def local_files(where: str, entry: Config, keys: Mapping[str, str]) -> list[str]:
+    """The local files that an entry reads: `keys` maps each key of a source to the key of its path.
+
+    Of a folder these are the files in it that a model consists of. Raises WindquantError if there is nothing.
+    """
+    files: list[str] = []
+    for source, key in keys.items():
+        if entry[source] in LOCAL_SOURCES:
+            path = Path(str(entry.get(key) or "")).expanduser()
+            if path.is_dir():
+                files += sorted(str(file) for pattern in MODEL_FILES for file in path.glob(pattern))
+            elif path.is_file():
+                files.append(str(path))
+            else:
+                raise WindquantError(f"{where}.{key}: {str(path)!r} is neither a file nor a folder")
+    return files
+
+
+def _sections(schema: Config) -> dict[str, Config]:
+    """What a model's entry can override: name -> schema, references followed."""
+    return {
+        name: schema["$defs"][section["$ref"].rpartition("/")[2]] if "$ref" in section else section
+        for name, section in schema["properties"].items()
+        if name != "models"
+    }
+
+
+def _severity(error: Any) -> tuple[int, int]:
+    """Unknown keys first: they are often the cause of what else is wrong."""
+    return error.validator != "additionalProperties", -len(error.absolute_path)
+
+
+def _message(error: Any, schema: Config) -> str:
+    """One line for one error of the schema: the key, what is wrong, what would be right."""
+    where = ".".join(map(str, error.absolute_path))
+    match error.validator:
+        case "additionalProperties":
+            known = error.schema["properties"]
+            unknown = next(key for key in error.instance if key not in known)
+            return f"{_join(where, unknown)}: unknown key{_suggestion(str(unknown), where, known, schema)}"
+        case "required":
+            missing = next(key for key in error.validator_value if key not in error.instance)
+            known = error.schema.get("properties") or schema["$defs"]["model"]["properties"]
+            return f"{_join(where, missing)}: missing ({_about(known.get(missing))})"
+        case "pattern":
+            return f"{where}: {error.instance!r} {error.schema.get('description', error.message)}"
+        case _:
+            return f"{where}: {error.message} ({_about(error.schema)})"
+
+
+def _suggestion(key: str, where: str, known: Iterable[str], schema: Config) -> str:
+    """The near miss, here or in another section, else the keys that exist here."""
+    if near := difflib.get_close_matches(key, known, 1):
+        return f"; did you mean {_join(where, near[0])}?"
+    elsewhere = {name: list(section.get("properties", ())) for name, section in _sections(schema).items()}
+    for section, keys in elsewhere.items():
+        if near := difflib.get_close_matches(key, keys, 1, cutoff=0.8):
+            return f"; did you mean {section}.{near[0]}?"
+    return f"; known are {', '.join(known)}"
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _about(schema: Config | None) -> str:
+    return str((schema or {}).get("description", "see config/README.md"))
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)

@@ -1,0 +1,139 @@
+"""Walk a causal language model decoder layer by decoder layer, whatever its architecture.
+
+Every causal model of transformers computes embeddings, a list of decoder layers, and a head. `embed` runs the model's
+own code with the layers replaced by recorders, so that masks, rotary embeddings and whatever else the architecture
+passes to each layer come from the model itself; `head` does the same with the last hidden state put in their place.
+Memory: the activations of one batch; the caller decides what it keeps.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from windquant.errors import WindquantError
+from windquant.units import Linear
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to one decoder layer besides the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the longest ModuleList whose entries all hold an nn.Linear."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_linears(layer) for layer in module)
+    ]
+    if not found:
+        raise WindquantError(
+            f"{type(model).__name__}: no decoder layers with nn.Linear weights; WINDQuant quantizes causal language "
+            "models whose layers hold nn.Linear"
+        )
+    return max(found, key=lambda item: len(item[1]))
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+@contextmanager
+def _forwards(layers: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
+    """Replace the layers' forward for the duration of the block."""
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def embed(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Call]]:
+    """First hidden state [batch, length, hidden] of token ids [batch, length], and each layer's call."""
+    _, layers = decoder_layers(model)
+    calls: list[Call] = []
+    first: list[Tensor] = []
+
+    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        first.append(hidden)
+        calls.append(Call(args, kwargs))
+        return hidden
+
+    with _forwards(layers, [record] * len(layers)):
+        _backbone(model)(input_ids=ids, use_cache=False)
+    return first[0], calls
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Hidden state after one decoder layer."""
+    out = layer(hidden, *call.args, **call.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def head(model: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] of the last decoder layer's output, by the model's own norm and head."""
+    _, layers = decoder_layers(model)
+
+    def inject(_: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    with _forwards(layers, [inject] * len(layers)):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The model without its head, so that recording costs no logits."""
+    return getattr(model, getattr(model, "base_model_prefix", ""), model)
+
+
+def quantizable(model: nn.Module) -> list[Linear]:
+    """The linears inside the decoder layers, in model order, grouped by the input they read.
+
+    Two linears of a layer share a group when one probing forward of two tokens hands both the same tensor (q/k/v,
+    gate/up). Linears that the probe never reaches keep a group of their own.
+    """
+    prefix, layers = decoder_layers(model)
+    probe = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    result = []
+    with torch.no_grad():
+        hidden, calls = embed(model, probe)
+        for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+            inputs: dict[str, Tensor] = {}  # holding the tensors keeps their identities distinct
+
+            def see(name: str, x: Tensor, _: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
+                inputs[name] = x
+
+            with watch(layer, see):
+                hidden = run_layer(layer, hidden, call)
+            first: dict[int, str] = {}
+            for name, linear in _linears(layer).items():
+                full = f"{prefix}.{index}.{name}"
+                group = first.setdefault(id(inputs[name]), full) if name in inputs else full
+                rows, columns = linear.weight.shape
+                result.append(Linear(full, name.rsplit(".", 1)[-1], index, group, rows, columns))
+    return result
+
+
+@contextmanager
+def watch(layer: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, input, output)` for every linear of the layer that runs inside the block."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, args, out: see(name, args[0], out)
+
+    handles = [linear.register_forward_hook(hook(name)) for name, linear in _linears(layer).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

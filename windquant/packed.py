@@ -1,0 +1,261 @@
+"""A quantized linear as it lies on disk: layout, tensors, and the exact number of bytes, known before anything is made.
+
+The scale of row r in chunk c takes four bits beside what rows and chunks share:
+
+    log2 scale = base + row_r / 16 + chunk_c + step (code_rc - 7.5)
+
+with base, step and chunk_c in FP16 and row_r in eight bits. docs/format.md describes every byte.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from windquant.errors import WindquantError
+from windquant.quantizers import Treatment, action, actions
+from windquant.quantizers.base import Fit
+from windquant.quantizers.rotation import rotation
+from windquant.storage import pack, stream_bytes, unpack
+from windquant.units import Linear, chunk_widths, protected_count
+
+SCALE_BITS = 4
+ROW_STEP = 1 / 16  # of log2 of a row's scale
+STEPS = tuple(0.02 * 1.3**i for i in range(14))  # candidates for `step`, 0.02 to 0.6
+FLOOR = 2.0**-40  # of a scale: a row of zeros has one too
+
+
+@dataclass(frozen=True)
+class Format:
+    """What all linears of a checkpoint share."""
+
+    chunk: int
+    protected: float  # fraction of columns
+    window: int  # of the trellis
+    dtype: torch.dtype  # original precision: of skipped units
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of one linear lie; everything follows from its shape, its actions and the format."""
+
+    linear: Linear
+    names: tuple[str, ...]  # action of every chunk, in column order
+    format: Format
+
+    @cached_property
+    def actions(self) -> list[Treatment]:
+        return [action(name, self.format.window, self.format.dtype) for name in self.names]
+
+    @cached_property
+    def protected(self) -> int:
+        return protected_count(self.linear.columns, self.format.protected)
+
+    @cached_property
+    def widths(self) -> list[int]:
+        return chunk_widths(self.linear.columns, self.protected, self.format.chunk)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First column of every chunk, in column order without the protected ones."""
+        return [sum(self.widths[:index]) for index in range(len(self.widths))]
+
+    @property
+    def owner(self) -> bool:
+        """Whether this linear stores the column order for all that read the same input."""
+        return self.linear.group == self.linear.name
+
+    @property
+    def storage_order(self) -> list[int]:
+        """Chunks sorted by action, so that chunks of one width are contiguous; ties keep the column order."""
+        ranks = {name: rank for rank, name in enumerate(actions())}
+        return sorted(range(len(self.names)), key=lambda chunk: ranks[self.names[chunk]])
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every stored tensor."""
+        rows, chunks = self.linear.rows, len(self.widths)
+        with_scale = sum(entry.has_scale for entry in self.actions)
+        with_offset = sum(entry.has_offset for entry in self.actions)
+        result: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "actions": ((chunks,), torch.uint8),
+            "codes": (
+                (sum(_code_bytes(entry, rows, width) for entry, width in zip(self.actions, self.widths, strict=True)),),
+                torch.uint8,
+            ),
+            "scales": ((with_scale, stream_bytes(rows, (SCALE_BITS, SCALE_BITS))), torch.uint8),
+            "scale_grid": ((2,), torch.float16),
+            "row_scales": ((rows,), torch.uint8),
+            "chunk_scales": ((chunks,), torch.float16),
+        }
+        if with_offset:
+            result["offsets"] = ((with_offset, rows), torch.int8)
+        if self.protected:
+            result["protected"] = ((self.protected, rows), torch.int8)
+            result["protected_scales"] = ((self.protected,), torch.float16)
+        if self.owner:
+            result["order"] = ((order_bytes(self.linear.columns, len(self.widths), self.protected),), torch.uint8)
+        return result
+
+    def bytes(self) -> int:
+        """Bytes of all stored tensors: the same as `fixed_bytes` plus `unit_bytes` of every chunk."""
+        return tensor_bytes(self.shapes())
+
+
+def tensor_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
+
+
+def _code_bytes(entry: Treatment, rows: int, width: int) -> int:
+    return width * stream_bytes(rows * 2 if entry.name == "skip" else rows, entry.pattern)
+
+
+def unit_bytes(entry: Treatment, rows: int, width: int) -> int:
+    """Bytes that a chunk of `width` columns takes under an action: codes, scales, offsets."""
+    scales = stream_bytes(rows, (SCALE_BITS, SCALE_BITS)) if entry.has_scale else 0
+    return _code_bytes(entry, rows, width) + scales + (rows if entry.has_offset else 0)
+
+
+def fixed_bytes(linear: Linear, form: Format) -> int:
+    """Bytes of a linear that no action changes."""
+    protected = protected_count(linear.columns, form.protected)
+    chunks = len(chunk_widths(linear.columns, protected, form.chunk))
+    order = order_bytes(linear.columns, chunks, protected) if linear.group == linear.name else 0
+    return order + linear.rows + 4 + 3 * chunks + protected * (linear.rows + 2)
+
+
+def _order_bits(chunks: int, protected: int) -> int:
+    return max(1, (chunks + bool(protected) - 1).bit_length())
+
+
+def order_bytes(columns: int, chunks: int, protected: int) -> int:
+    bits = _order_bits(chunks, protected)
+    return stream_bytes(columns, (bits, bits)) if bits <= 8 else 2 * columns
+
+
+def pack_order(order: Tensor, widths: list[int], protected: int) -> Tensor:
+    """Column order -> the chunk of every column, bit-packed. Inside a chunk the columns keep their natural order."""
+    chunk_of = torch.empty(len(order), dtype=torch.int64)
+    sizes = torch.tensor([protected, *widths])
+    labels = torch.cat([torch.tensor([len(widths)]), torch.arange(len(widths))])
+    chunk_of[order] = labels.repeat_interleave(sizes)
+    bits = _order_bits(len(widths), protected)
+    if bits > 8:
+        return chunk_of.to(torch.int16).view(torch.uint8)
+    return pack(chunk_of.to(torch.uint8)[None], (bits, bits))[0]
+
+
+def unpack_order(packed: Tensor, columns: int, widths: list[int], protected: int) -> Tensor:
+    """The inverse of `pack_order`: int64 [columns], protected columns first, then chunk by chunk."""
+    bits = _order_bits(len(widths), protected)
+    if bits > 8:
+        chunk_of = packed.view(torch.int16).long()
+    else:
+        chunk_of = unpack(packed[None], columns, (bits, bits))[0].long()
+    if protected:
+        chunk_of = torch.where(chunk_of == len(widths), -1, chunk_of)
+    sizes = torch.tensor([protected, *widths] if protected else widths)
+    if not torch.equal(torch.bincount(chunk_of + bool(protected), minlength=len(sizes)), sizes):
+        raise WindquantError("a stored column order disagrees with the chunks; the checkpoint is damaged")
+    return torch.argsort(chunk_of, stable=True)
+
+
+def chunk_order(order: Tensor, widths: list[int], protected: int) -> Tensor:
+    """The order that is really used and stored: the given one with each chunk's columns in natural order."""
+    parts = order.split([protected, *widths])
+    return torch.cat([part.sort().values for part in parts])
+
+
+class ScaleCoder:
+    """Scales of one linear, coded chunk by chunk against what its rows share."""
+
+    def __init__(self, base: Tensor, step: Tensor, rows: Tensor) -> None:
+        self.base, self.step = base.half(), step.half()  # scalars
+        self.rows = rows  # uint8 [rows]
+
+    @classmethod
+    def fit(cls, scales: Tensor) -> "ScaleCoder":
+        """Rows and step for scales [rows, chunks] as they are expected."""
+        logs = scales.clamp_min(FLOOR).log2()
+        shared = logs.mean(1)
+        base = shared.min().half()
+        rows = ((shared - base.float()) / ROW_STEP).round().clamp(0, 255).to(torch.uint8)
+        rest = logs - base.float() - rows.float()[:, None] * ROW_STEP
+        rest = rest - rest.mean(0)
+        errors = [(_snap(rest, step) - rest).square().mean() for step in STEPS]
+        return cls(base, torch.tensor(STEPS[int(torch.stack(errors).argmin())]), rows)
+
+    @property
+    def row_logs(self) -> Tensor:
+        return self.base.float() + self.rows.float() * ROW_STEP
+
+    def encode(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale of one chunk [rows] -> codes uint8 [rows] and the chunk's share, an FP16 scalar."""
+        rest = scale.clamp_min(FLOOR).log2() - self.row_logs
+        chunk = rest.median().half()
+        step = self.step.float()
+        codes = ((rest - chunk.float()) / step + 7.5).round().clamp(0, 15).to(torch.uint8)
+        return codes, chunk
+
+    def decode(self, codes: Tensor, chunk: Tensor) -> Tensor:
+        """Scales [rows] of one chunk."""
+        return torch.exp2(self.row_logs + chunk.float() + self.step.float() * (codes.float() - 7.5))
+
+
+def _snap(rest: Tensor, step: float) -> Tensor:
+    return ((rest / step + 7.5).round().clamp(0, 15) - 7.5) * step
+
+
+def encode_offset(offset: Tensor, levels: int) -> Tensor:
+    """Offset in units of the scale -> int8, in 256ths of the levels' range."""
+    return (offset * (256 / levels)).round().clamp(-128, 127).to(torch.int8)
+
+
+def decode_offset(packed: Tensor, levels: int) -> Tensor:
+    return packed.float() * (levels / 256)
+
+
+def dequantize(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor) -> Tensor:
+    """The weight [rows, columns], float32, natural column order, that the stored tensors stand for.
+
+    order: the unpacked column order of the linear's group, int64 [columns].
+    """
+    rows = layout.linear.rows
+    result = torch.empty(rows, layout.linear.columns)
+    protected = layout.protected
+    if protected:
+        values = tensors["protected"].float() * tensors["protected_scales"].float()[:, None]
+        result[:, order[:protected]] = values.T
+    for chunk, columns in decode_chunks(layout, tensors):
+        start = protected + layout.starts[chunk]
+        width = layout.widths[chunk]
+        values = columns.T
+        if layout.actions[chunk].rotated:
+            values = values @ rotation(width).T
+        result[:, order[start : start + width]] = values
+    return result
+
+
+def decode_chunks(layout: Layout, tensors: Mapping[str, Tensor]) -> list[tuple[int, Tensor]]:
+    """Chunk index and decoded columns [width, rows], not yet rotated back, in storage order."""
+    rows = layout.linear.rows
+    coder = ScaleCoder(tensors["scale_grid"][0], tensors["scale_grid"][1], tensors["row_scales"])
+    result = []
+    place = scales = offsets = 0
+    for chunk in layout.storage_order:
+        entry, width = layout.actions[chunk], layout.widths[chunk]
+        length = 2 * rows if entry.name == "skip" else rows
+        size = _code_bytes(entry, rows, width)
+        codes = unpack(tensors["codes"][place : place + size].view(width, -1), length, entry.pattern)
+        place += size
+        scale, offset = torch.ones(rows), None
+        if entry.has_scale:
+            packed = unpack(tensors["scales"][scales : scales + 1], rows, (SCALE_BITS, SCALE_BITS))[0]
+            scale = coder.decode(packed, tensors["chunk_scales"][chunk])
+            scales += 1
+        if entry.has_offset:
+            offset = decode_offset(tensors["offsets"][offsets], round(2**entry.bits))
+            offsets += 1
+        result.append((chunk, entry.decode(codes, Fit(scale, offset))))
+    return result

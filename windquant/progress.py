@@ -1,0 +1,99 @@
+"""Progress with the remaining time: a bar on a terminal, one line a minute elsewhere (a Snakemake log)."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Generic, Self, TextIO, TypeVar
+
+T = TypeVar("T")
+
+
+class Progress(Generic[T]):
+    """Iterate over it, or call `update(n)` and `close()` (or use it in `with`)."""
+
+    def __init__(
+        self,
+        iterable: Iterable[T] | None = None,
+        total: int | None = None,
+        label: str = "",
+        stream: TextIO | None = None,
+        interval: float = 60.0,  # seconds between two lines where the stream is no terminal
+    ) -> None:
+        self.iterable = iterable
+        self.total = total if total is not None else _length(iterable)
+        self.label = label
+        self.stream = stream or sys.stderr
+        self.interval = interval
+        self.done = 0
+        self.start = self._last = time.monotonic()
+        self._closed = False
+        self._bar = None
+        if self.stream.isatty():
+            from tqdm import tqdm  # here: light steps show nothing and need not pay for it
+
+            self._bar = tqdm(total=self.total, desc=label or None, file=self.stream, dynamic_ncols=True)
+
+    def __iter__(self) -> Iterator[T]:
+        if self.iterable is None:
+            raise TypeError("progress without an iterable: call update()")
+        try:
+            for item in self.iterable:
+                yield item
+                self.update(1)
+        finally:
+            self.close()
+
+    def update(self, n: int = 1) -> None:
+        """`n` more are done."""
+        self.done += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif time.monotonic() - self._last >= self.interval:
+            self._print()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._print()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _print(self) -> None:
+        self._last = time.monotonic()
+        print(line(self.label, self.done, self.total, self._last - self.start), file=self.stream, flush=True)
+
+
+def line(label: str, done: int, total: int | None, elapsed: float) -> str:
+    """E.g. "recovery: 12/30 (40 %), 1:10 elapsed, 1:45 left"."""
+    text = f"{label or 'progress'}: {done}"
+    if total:
+        text += f"/{total} ({100 * done // total} %)"
+    text += f", {duration(elapsed)} elapsed"
+    if total and 0 < done < total:
+        text += f", {duration(elapsed / done * (total - done))} left"
+    return text
+
+
+def duration(seconds: float) -> str:
+    """E.g. "0:07", "12:30", "1:02:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _length(iterable: object) -> int | None:
+    try:
+        return len(iterable)  # type: ignore[arg-type]  # asked for forgiveness: generators have none
+    except TypeError:
+        return None

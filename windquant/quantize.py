@@ -1,0 +1,104 @@
+"""Quantize a model under a plan, layer by layer, each on what the quantized layers before it really hand on.
+
+    python -m windquant.quantize --model DIR --calibration DIR --statistics FILE --plan FILE --output DIR
+
+For every decoder layer: one pass of the calibration set for the covariances of its inputs, error feedback for each
+linear (feedback.py), and one pass of the quantized layer for the next layer's inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from windquant import calibration, checkpoint, compute, decoder, models, step
+from windquant.errors import WindquantError
+from windquant.feedback import column_order, quantize_linear
+from windquant.packed import Layout
+from windquant.plan import Plan
+from windquant.statistics import Covariance, Statistics, advance, owners, states
+from windquant.units import Linear, chunk_widths, protected_count
+
+
+@dataclass(frozen=True)
+class Settings:
+    batch: int = 16  # calibration samples at a time
+
+
+def run(task: step.Task, settings: Settings) -> None:
+    plan = Plan.load(task.inputs["plan"])
+    statistics = Statistics.load(task.inputs["statistics"])
+    ids = calibration.load(task.inputs["calibration"]).calibration.long()
+    model = models.load(task.inputs["model"]).to(compute.device())
+    layouts = layouts_of(plan, statistics.linears)
+    with task.progress(total=len(layouts), label="quantize") as progress:
+        tensors = quantize_model(model, layouts, plan.units.order, statistics, ids, settings.batch, progress.update)
+    measured = checkpoint.write(task.output, model.cpu(), layouts, tensors, plan, task.inputs["model"])
+    if measured.measured_bytes != plan.bytes:
+        raise RuntimeError(f"the checkpoint takes {measured.measured_bytes} bytes, the plan predicted {plan.bytes}")
+    task.note("effective_bits", measured.effective_bits)
+    task.note("checkpoint_bits", measured.checkpoint_bits)
+    task.note("measured_bytes", measured.measured_bytes)
+
+
+def layouts_of(plan: Plan, linears: list[Linear]) -> dict[str, Layout]:
+    """Layout of every linear under the plan; WindquantError if the plan was made for other shapes."""
+    form = plan.units.format()
+    if set(plan.actions) != {linear.name for linear in linears}:
+        raise WindquantError("the plan names other linears than the model has; make the plan again from this model")
+    layouts = {}
+    for linear in linears:
+        names = plan.actions[linear.name]
+        chunks = len(chunk_widths(linear.columns, protected_count(linear.columns, form.protected), form.chunk))
+        if len(names) != chunks:
+            raise WindquantError(f"the plan has {len(names)} chunks for {linear.name}, which has {chunks}; make it again")
+        layouts[linear.name] = Layout(linear, tuple(names), form)
+    return layouts
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    layouts: dict[str, Layout],
+    order: str,
+    statistics: Statistics,
+    ids: Tensor,
+    batch: int,
+    update: Callable[[int], object],
+) -> dict[str, dict[str, Tensor]]:
+    """Stored tensors by linear; the model's weights are replaced by what the codes stand for."""
+    prefix, layers = decoder.decoder_layers(model)
+    linears = [layout.linear for layout in layouts.values()]
+    orders = {
+        linear.group: column_order(
+            statistics.energy[linear.group], order, layouts[linear.name].format.chunk, layouts[linear.name].protected
+        )
+        for linear in linears
+    }
+    result: dict[str, dict[str, Tensor]] = {}
+    hidden, calls = states(model, ids, batch)
+    for index, layer in enumerate(layers):
+        covariance = Covariance(owners(linears, index, prefix))
+        with decoder.watch(layer, covariance.see):
+            advance(layer, index, hidden, calls)
+        matrices = covariance.means()
+        for linear in linears:
+            if linear.layer != index:
+                continue
+            weight = model.get_submodule(linear.name).weight
+            result[linear.name], decoded = quantize_linear(
+                weight.float().cpu(),
+                orders[linear.group],
+                matrices[linear.group],
+                layouts[linear.name],
+                statistics.fisher[linear.name],
+            )
+            weight.copy_(decoded)
+            update(1)
+        hidden = advance(layer, index, hidden, calls)
+    return result
+
+
+if __name__ == "__main__":
+    step.main("quantize", run, Settings, inputs=("model", "calibration", "statistics", "plan"))

@@ -1,0 +1,110 @@
+"""Trellis treatment: bit-shift trellis codes at 1, 1.5, 2, 3 and 4 bits on rotated chunks (see viterbi.py).
+
+The torch functions are the reference on every device; on a CPU with numba the compiled search does the same.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from windquant.quantizers.base import Coded, Fit
+from windquant.storage import Pattern
+
+#: Mean squared error on a unit Gaussian, measured by `python -m windquant.quantizers.distortion`, by (bits, window).
+DISTORTION = {
+    (1.0, 8): 0.311,
+    (1.5, 8): 0.166,
+    (2.0, 8): 0.0890,
+    (3.0, 8): 0.0270,
+    (4.0, 8): 0.0083,
+    (1.0, 10): 0.297,
+    (1.5, 10): 0.154,
+    (2.0, 10): 0.0803,
+    (3.0, 10): 0.0228,
+    (4.0, 10): 0.0066,
+    (1.0, 12): 0.289,
+    (1.5, 12): 0.146,
+    (2.0, 12): 0.0753,
+    (3.0, 12): 0.0206,
+    (4.0, 12): 0.0056,
+}
+SEED = 0x57494E44  # of the table's shuffle; part of the format
+
+
+@lru_cache(maxsize=8)
+def table(window: int) -> Tensor:
+    """Value of every state, float32 [2^window]: unit-variance Gaussian quantiles in a fixed random order."""
+    states = 1 << window
+    normal = NormalDist()
+    quantiles = torch.tensor([normal.inv_cdf((state + 0.5) / states) for state in range(states)], dtype=torch.float64)
+    quantiles /= quantiles.square().mean().sqrt()
+    shuffle = torch.randperm(states, generator=torch.Generator().manual_seed(SEED))
+    return quantiles[shuffle].float()
+
+
+def tile_rows(rows: int, tile: int) -> int:
+    """Rows of one stream: equal tiles of at most `tile` rows, an even number of rows each."""
+    tiles = -(-rows // tile)
+    return -(-rows // tiles) + 1 & ~1
+
+
+def states(codes: Tensor, pattern: Pattern, window: int, tile: int) -> Tensor:
+    """State at every row, int32 [width, rows], of codes uint8 [width, rows]: the last `window` bits of the stream."""
+    width, rows = codes.shape
+    even, odd = pattern
+    padded = torch.zeros(width, -(-rows // tile) * tile, dtype=torch.int32)
+    padded[:, :rows] = codes
+    stream = padded.view(width, -1, tile)
+    result = torch.zeros_like(stream)
+    odd_row = torch.arange(tile) & 1
+    position = torch.full((tile,), window)  # where the code of `age` rows ago begins in the state of each row
+    for age in range(min(tile, -(-window // min(even, odd)))):
+        bits = torch.where((odd_row ^ age & 1).bool(), odd, even)
+        position = position - bits
+        shifted = torch.zeros_like(stream)
+        shifted[..., age:] = stream[..., : tile - age]
+        up, down = position.clamp(min=0), (-position).clamp(min=0, max=8)  # the oldest code may be cut
+        result |= shifted << up >> down
+    return result.view(width, -1)[:, :rows]
+
+
+@dataclass(frozen=True)
+class Trellis:
+    name: str
+    bits: float
+    pattern: Pattern
+    window: int = 10  # L: the search keeps 2^L states
+    tile: int = 512  # most rows of one stream
+    rotated: bool = True
+    has_scale: bool = True
+    has_offset: bool = False
+
+    def fit(self, chunk: Tensor, energy: Tensor) -> Fit:
+        """The scale is the root mean square: the table has unit variance. The rotation has made energies alike."""
+        return Fit(chunk.square().mean(1).sqrt())
+
+    def encode(self, columns: Tensor, fit: Fit, importance: Tensor, feedback: Tensor) -> Coded:
+        from windquant.quantizers.viterbi import compiled
+
+        weights = importance * fit.scale.square()
+        weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        codes, decoded, errors = compiled(*self.pattern, self.window)(
+            columns.contiguous().numpy(),
+            np.ascontiguousarray(fit.scale.numpy()),
+            np.ascontiguousarray(weights.numpy()),
+            np.ascontiguousarray(feedback.numpy()),
+            table(self.window).numpy(),
+            tile_rows(columns.shape[1], self.tile),
+        )
+        return Coded(torch.from_numpy(codes), torch.from_numpy(decoded), torch.from_numpy(errors))
+
+    def decode(self, codes: Tensor, fit: Fit) -> Tensor:
+        tile = tile_rows(codes.shape[1], self.tile)
+        return table(self.window)[states(codes, self.pattern, self.window, tile)] * fit.scale
+
+    def error(self, chunk: Tensor, energy: Tensor) -> Tensor:
+        return chunk.square().sum(1) * energy.mean() * DISTORTION[self.bits, self.window]

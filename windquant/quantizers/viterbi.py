@@ -1,0 +1,143 @@
+"""Viterbi search of the bit-shift trellis with error feedback, compiled for the CPU by numba.
+
+Trellis-coded quantization (Marcellin & Fischer 1990) in the form of QTIP (arXiv 2406.11235): the state is the last
+L bits of the code stream, read as a number whose top bits are the newest code: state' = (state >> k) | (code << L-k).
+Every state stands for one value. The 2^k states that differ only in their oldest bits have the same successors, so
+the best of them is found once:
+
+    best[g]  = min_t cost[2^k g + t]
+    cost'[s] = best[s mod 2^(L-k)] + weight (x - table[s])^2
+
+The work per value is O(2^L) whatever k is. A stream runs down the rows of *one* column, so that error feedback keeps
+its full strength: a column is finished before the next one is corrected. Streams start in state 0, so that no start
+state is stored, and begin anew every `tile` rows, so that tiles can be searched (and later decoded) in parallel.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+
+def _stage(bits: int, window: int) -> Callable[..., None]:
+    """One place of the search. The loop bounds are constants of the closure: only then does LLVM vectorize it."""
+    branches = 1 << bits
+    groups = 1 << (window - bits)
+
+    @numba.njit(boundscheck=False, inline="always")
+    def stage(
+        value: np.float32,
+        weight: np.float32,
+        table: NDArray[np.float32],
+        cost: NDArray[np.float32],
+        following: NDArray[np.float32],
+        best: NDArray[np.float32],
+        came: NDArray[np.uint8],
+    ) -> None:
+        for group in range(groups):
+            lowest = cost[branches * group]
+            oldest = np.uint8(0)
+            for branch in range(1, branches):
+                candidate = cost[branches * group + branch]
+                if candidate < lowest:
+                    lowest = candidate
+                    oldest = np.uint8(branch)
+            best[group] = lowest
+            came[group] = oldest
+        for branch in range(branches):
+            for group in range(groups):
+                error = value - table[branch * groups + group]
+                following[branch * groups + group] = best[group] + weight * (error * error)
+
+    return stage  # type: ignore[no-any-return]  # numba is untyped
+
+
+@lru_cache(maxsize=16)
+def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
+    """The quantizer of a chunk for codes of `even` and `odd` bits (1..4) at even and odd rows and 2^window states.
+
+    The result is `quantize(columns, scales, weights, feedback, table, tile)`:
+    columns: float32 [width, rows], overwritten by the compensated weights; scales: [rows]; weights: [rows], importance
+    of each row's squared error; feedback: upper triangular U [width, width] with H^-1 = U^T U (GPTQ, arXiv 2210.17323);
+    table: [2^window]; tile: rows per stream. It returns codes uint8 [width, rows], the decoded weights [width, rows]
+    and the errors (w - q) / U_ii [width, rows].
+    """
+    even_stage, odd_stage = _stage(even, window), _stage(odd, window)
+    states = 1 << window
+
+    @numba.njit(boundscheck=False)
+    def search(
+        values: NDArray[np.float32],
+        weights: NDArray[np.float32],
+        table: NDArray[np.float32],
+        codes: NDArray[np.uint8],
+        decoded: NDArray[np.float32],
+        previous: NDArray[np.uint8],
+        cost: NDArray[np.float32],
+        following: NDArray[np.float32],
+        best: NDArray[np.float32],
+    ) -> None:
+        length = len(values)
+        cost[:] = np.inf
+        cost[0] = 0
+        for place in range(length):
+            if place & 1:
+                odd_stage(values[place], weights[place], table, cost, following, best, previous[place])
+            else:
+                even_stage(values[place], weights[place], table, cost, following, best, previous[place])
+            cost, following = following, cost
+        state = np.argmin(cost)
+        for place in range(length - 1, -1, -1):
+            bits = odd if place & 1 else even
+            groups = states >> bits
+            codes[place] = state // groups
+            decoded[place] = table[state]
+            group = state % groups
+            state = (group << bits) + np.int64(previous[place, group])
+
+    @numba.njit(parallel=True, cache=True, boundscheck=False)
+    def quantize(
+        columns: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        weights: NDArray[np.float32],
+        feedback: NDArray[np.float32],
+        table: NDArray[np.float32],
+        tile: int,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+        width, rows = columns.shape
+        codes = np.empty((width, rows), np.uint8)
+        decoded = np.empty((width, rows), np.float32)
+        errors = np.empty((width, rows), np.float32)
+        for index in numba.prange((rows + tile - 1) // tile):
+            start = index * tile
+            stop = min(rows, start + tile)
+            length = stop - start
+            scale = scales[start:stop]
+            normal = np.empty(length, np.float32)
+            previous = np.empty((length, states >> min(even, odd)), np.uint8)
+            cost = np.empty(states, np.float32)
+            following = np.empty(states, np.float32)
+            best = np.empty(states, np.float32)
+            for i in range(width):
+                column = columns[i, start:stop]
+                out = decoded[i, start:stop]
+                for r in range(length):
+                    normal[r] = column[r] / scale[r]
+                code = codes[i, start:stop]
+                search(normal, weights[start:stop], table, code, out, previous, cost, following, best)
+                error = errors[i, start:stop]
+                diagonal = feedback[i, i]
+                for r in range(length):
+                    out[r] *= scale[r]
+                    error[r] = (column[r] - out[r]) / diagonal
+                for j in range(i + 1, width):
+                    factor = feedback[i, j]
+                    target = columns[j, start:stop]
+                    for r in range(length):
+                        target[r] -= error[r] * factor
+        return codes, decoded, errors
+
+    return quantize  # type: ignore[no-any-return]  # numba is untyped

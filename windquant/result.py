@@ -1,0 +1,296 @@
+"""The result of one experiment: everything measured, in one JSON file.
+
+Nothing is computed here: the plan, the manifests and the evaluations are put together, checked against each other
+and against SCHEMA, and logged on the experiment's parent run.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from windquant.errors import WindquantError
+from windquant.manifest import Manifest
+from windquant.plan import Plan
+
+if TYPE_CHECKING:
+    from windquant.step import Task
+
+#: Input flags of the step. What is measured of one checkpoint ends with the checkpoint's name.
+ARTIFACTS = ("model", "calibration", "statistics", "bank", "plan", "before_recovery", "quantized")
+PERPLEXITIES = ("perplexity_original", "perplexity_before_recovery", "perplexity_quantized")
+ZERO_SHOTS = ("zero_shot_original", "zero_shot_quantized")
+#: Key of `seconds` and `peak_memory_bytes` -> input whose manifest tells.
+STEPS = {
+    "model": "model",
+    "calibration": "calibration",
+    "statistics": "statistics",
+    "bank": "bank",
+    "allocation": "plan",
+    "quantize": "before_recovery",
+    "recovery": "quantized",
+    **{name: name for name in (*PERPLEXITIES, *ZERO_SHOTS)},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    config_sha256: str = ""  # digest of the model's configuration; empty: of the settings of all steps
+
+
+def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Schema of an object with exactly these keys."""
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": list(properties),
+        "properties": dict(properties),
+    }
+
+
+def _each(keys: Iterable[str], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Schema of an object with exactly these keys, all alike."""
+    return _object({key: schema for key in keys})
+
+
+_POSITIVE = {"type": "number", "exclusiveMinimum": 0}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_COUNT = {"type": "integer", "minimum": 0}
+_DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_SHARE_OR_NONE = {"anyOf": [_SHARE, {"type": "null"}]}
+_PERPLEXITY = _each(("original", "before_recovery", "quantized"), {"type": "number", "minimum": 1})
+_TASK = _object(
+    {"original": _SHARE, "quantized": _SHARE, "stderr": {"type": "number", "minimum": 0}, "samples": _COUNT}
+)
+
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "WINDQuant result",
+    **_object(
+        {
+            "model": {"type": "string", "minLength": 1},
+            "target_bits": _POSITIVE,
+            "effective_bits": _POSITIVE,
+            "checkpoint_bits": _POSITIVE,
+            "allocator": {"type": "string", "minLength": 1},
+            "perplexity": {"type": "object", "minProperties": 1, "additionalProperties": _PERPLEXITY},
+            "zero_shot": {"type": "object", "additionalProperties": _TASK},
+            "zero_shot_average": _each(("original", "quantized"), _SHARE_OR_NONE),
+            "actions": {"type": "object", "minProperties": 1, "additionalProperties": _SHARE},
+            "protected_fraction": _SHARE,
+            "fallback": {"type": "boolean"},
+            "seed": {"type": "integer"},
+            "seconds": _each(STEPS, {"type": "number", "minimum": 0}),
+            "peak_memory_bytes": _each(STEPS, _each(("host", "gpu"), _COUNT)),
+            "versions": {"type": "object", "required": ["python"], "additionalProperties": {"type": "string"}},
+            "git_commit": {"anyOf": [{"type": "string", "pattern": "^[0-9a-f]{40,64}$"}, {"type": "null"}]},
+            "config_sha256": _DIGEST,
+            "data": _each(ARTIFACTS, _DIGEST),
+            "mlflow_run_id": {"anyOf": [{"type": "string", "minLength": 1}, {"type": "null"}]},
+        }
+    ),
+}
+
+
+def validate(result: Mapping[str, Any], name: str = "result") -> None:
+    """Check against SCHEMA and what a schema cannot say; WindquantError names the first key that is wrong."""
+    from jsonschema import Draft202012Validator
+
+    error = next(iter(Draft202012Validator(SCHEMA).iter_errors(result)), None)
+    if error is not None:
+        raise WindquantError(f"{name}: {'.'.join(map(str, error.absolute_path)) or 'top level'}: {error.message}")
+    numbers = {"target_bits": result["target_bits"], **metrics(result)}
+    for key, value in numbers.items():
+        if not math.isfinite(value):
+            raise WindquantError(f"{name}: {key} is {value}")
+    if result["effective_bits"] > result["target_bits"]:
+        raise WindquantError(
+            f"{name}: effective_bits {result['effective_bits']} exceed target_bits {result['target_bits']}"
+        )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file; WindquantError if it is not one."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WindquantError(f"{path}: not a readable result ({error})") from error
+    validate(result, str(path))
+    return result
+
+
+def metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that make experiments comparable in the MLflow UI, under dotted names."""
+    numbers = {
+        "effective_bits": result["effective_bits"],
+        "checkpoint_bits": result["checkpoint_bits"],
+        "seconds.total": sum(result["seconds"].values()),
+        "peak_memory_bytes.host": max(entry["host"] for entry in result["peak_memory_bytes"].values()),
+        "peak_memory_bytes.gpu": max(entry["gpu"] for entry in result["peak_memory_bytes"].values()),
+    }
+    for dataset, values in result["perplexity"].items():
+        numbers |= {f"perplexity.{dataset}.{name}": value for name, value in values.items()}
+    for task, values in result["zero_shot"].items():
+        numbers |= {f"zero_shot.{task}.{name}": values[name] for name in ("original", "quantized")}
+    average = result["zero_shot_average"]
+    return numbers | {f"zero_shot_average.{name}": value for name, value in average.items() if value is not None}
+
+
+def run(task: "Task", settings: Settings) -> None:
+    manifests = {name: Manifest.load(path) for name, path in task.inputs.items()}
+    check_chain(manifests)
+    plan = Plan.load(task.inputs["plan"])
+    evaluations = {name: _evaluation(task.inputs[name]) for name in (*PERPLEXITIES, *ZERO_SHOTS)}
+    result = assemble(plan, manifests, evaluations, settings.config_sha256, task.tracker.parent_id)
+    validate(result)
+    task.output.write_text(json.dumps(result, indent=1) + "\n")
+    size = sum(file.stat().st_size for file in task.inputs["quantized"].glob("*.safetensors"))
+    parameters = round(8 * size / result["checkpoint_bits"])
+    task.note("checkpoint_bytes", size)
+    task.note("original_fp16_bytes", 2 * parameters)
+    task.tracker.close_parent(
+        {**metrics(result), "checkpoint_bytes": size},
+        {"result.json": task.output, "plan.json": task.inputs["plan"]},
+        {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
+    )
+
+
+def assemble(
+    plan: Plan,
+    manifests: Mapping[str, Manifest],
+    evaluations: Mapping[str, Mapping[str, Any]],
+    config_sha256: str,
+    mlflow_run_id: str | None,
+) -> dict[str, Any]:
+    """The result; WindquantError where what was measured contradicts the plan or each other."""
+    quantized = manifests["quantized"]
+    check_bytes(plan, quantized)
+    return {
+        "model": plan.model,
+        "target_bits": plan.target_bits,
+        "effective_bits": _note(quantized, "effective_bits"),
+        "checkpoint_bits": _note(quantized, "checkpoint_bits"),
+        "allocator": plan.allocator,
+        "perplexity": perplexity(*(evaluations[name] for name in PERPLEXITIES)),
+        **zero_shot(*(evaluations[name] for name in ZERO_SHOTS)),
+        "actions": _note(manifests["plan"], "shares"),
+        "protected_fraction": _setting(manifests["bank"], "protected"),
+        "fallback": plan.fallback,
+        "seed": plan.seed,
+        "seconds": {step: manifests[name].seconds for step, name in STEPS.items()},
+        "peak_memory_bytes": {step: manifests[name].peak_memory_bytes for step, name in STEPS.items()},
+        # of the code that made the checkpoint, which another machine may have done
+        "versions": quantized.versions,
+        "git_commit": quantized.git_commit,
+        "config_sha256": config_sha256 or settings_sha256(manifests),
+        "data": {name: manifests[name].output["sha256"] for name in ARTIFACTS},
+        "mlflow_run_id": mlflow_run_id,
+    }
+
+
+def perplexity(
+    original: Mapping[str, Any], before_recovery: Mapping[str, Any], quantized: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """{dataset: {original, before_recovery, quantized}} of three evaluations {dataset: {perplexity, tokens, ...}}."""
+    measured = {"original": original, "before_recovery": before_recovery, "quantized": quantized}
+    _check_same("perplexity", measured, "tokens")
+    return {
+        dataset: {name: evaluation[dataset]["perplexity"] for name, evaluation in measured.items()}
+        for dataset in original
+    }
+
+
+def zero_shot(original: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
+    """`zero_shot` and `zero_shot_average` of two evaluations {task: {accuracy, stderr, samples}}."""
+    _check_same("zero-shot accuracy", {"original": original, "quantized": quantized}, "samples")
+    tasks = {
+        task: {
+            "original": original[task]["accuracy"],
+            "quantized": quantized[task]["accuracy"],
+            "stderr": quantized[task]["stderr"],
+            "samples": quantized[task]["samples"],
+        }
+        for task in original
+    }
+    average = {
+        name: sum(values[name] for values in tasks.values()) / len(tasks) if tasks else None
+        for name in ("original", "quantized")
+    }
+    return {"zero_shot": tasks, "zero_shot_average": average}
+
+
+def check_bytes(plan: Plan, quantized: Manifest) -> None:
+    """The checkpoint must take exactly the bytes that the plan predicted."""
+    measured, bits = _note(quantized, "measured_bytes"), _note(quantized, "effective_bits")
+    if measured != plan.bytes or not math.isclose(bits, plan.effective_bits, rel_tol=1e-12):
+        raise WindquantError(
+            f"{quantized.output['path']}: {measured} bytes, {bits} effective bits, but its plan predicted {plan.bytes} "
+            f"and {plan.effective_bits}; please report this"
+        )
+
+
+def check_chain(manifests: Mapping[str, Manifest]) -> None:
+    """Every step must have read the very artifacts that stand in this result."""
+    for name, manifest in manifests.items():
+        for input_name, entry in manifest.inputs.items():
+            source = _checkpoint_of(name) if input_name == "checkpoint" else input_name
+            if source in manifests and entry["sha256"] != manifests[source].output["sha256"]:
+                raise WindquantError(
+                    f"{manifest.output['path']}: made from another {manifests[source].output['path']}; "
+                    "delete it and run again"
+                )
+
+
+def _checkpoint_of(name: str) -> str:
+    """Which artifact is the `checkpoint` input of the step that made `name`."""
+    if name == "quantized":
+        return "before_recovery"
+    checkpoint = name.removeprefix("perplexity_").removeprefix("zero_shot_")
+    return "model" if checkpoint == "original" else checkpoint
+
+
+def settings_sha256(manifests: Mapping[str, Manifest]) -> str:
+    """Digest of the settings and seeds of all steps."""
+    settings = {name: [manifest.settings, manifest.seed] for name, manifest in manifests.items()}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same(what: str, evaluations: Mapping[str, Mapping[str, Any]], key: str) -> None:
+    """All evaluations must be on the same data: equal names, each with an equal `key`."""
+    samples = {name: {data: entry[key] for data, entry in values.items()} for name, values in evaluations.items()}
+    if any(sample != samples["original"] for sample in samples.values()):
+        raise WindquantError(f"{what} was measured on different data ({key}: {samples}); delete them and run again")
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WindquantError(f"{path}: not a readable evaluation ({error}); delete it and run again") from error
+    return document
+
+
+def _note(manifest: Manifest, key: str) -> Any:
+    return _find(manifest, manifest.notes, "notes", key)
+
+
+def _setting(manifest: Manifest, key: str) -> Any:
+    return _find(manifest, manifest.settings, "settings", key)
+
+
+def _find(manifest: Manifest, values: Mapping[str, Any], where: str, key: str) -> Any:
+    if key not in values:
+        raise WindquantError(
+            f"{manifest.output['path']}: its manifest has no {where}.{key} (another version?); delete it and run again"
+        )
+    return values[key]
+
+
+if __name__ == "__main__":
+    from windquant import step
+
+    names = (*ARTIFACTS, *PERPLEXITIES, *ZERO_SHOTS)
+    step.main("result", run, Settings, inputs=names, light=True)

@@ -1,0 +1,167 @@
+"""The configuration's schema and its description for people, made from the steps' `Settings`.
+
+    python -m windquant.schema
+
+writes workflow/schemas/config.schema.yaml and config/README.md. A setting is stated once, in its step's dataclass:
+name, type, default and the comment that explains it. A test checks that both files are current.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from windquant import dependencies, settings
+from windquant.configuration import STEPS
+
+SCHEMA = Path("workflow/schemas/config.schema.yaml")
+README = Path("config/README.md")
+HEAD = "# Made by `python -m windquant.schema` from the Settings of the steps: do not edit.\n"
+
+#: What a section is about.
+SECTIONS = {
+    "calibration": "The texts: what is read, how much of it, and what is kept apart for the evaluation.",
+    "statistics": "Activation statistics of the original model.",
+    "units": "The column chunks, and how they may be quantized.",
+    "search": "The allocation: what the PPO search spends, and on what.",
+    "quantize": "Quantization with error feedback.",
+    "recovery": "Distillation of scales, offsets and norms after quantization.",
+    "evaluation": "Perplexity and zero-shot tasks, the same for the original and the quantized model.",
+}
+MODELS = "The models that can be asked for: the name in results/<model>_<bits>bits.json, and where it comes from."
+MODEL = "Every section below can be repeated in a model's entry; it holds for that model alone."
+SEED = "Of every random choice."
+#: What the types alone do not say.
+LIMITS: dict[str, dict[str, Any]] = {
+    "calibration.samples": {"minimum": 1},
+    "calibration.length": {"minimum": 2},
+    "calibration.context": {"minimum": 2},
+    "units.chunk": {"minimum": 1},
+    "units.protected": {"minimum": 0, "maximum": 1},
+    "recovery.steps": {"minimum": 0},
+    "evaluation.windows": {"minimum": 0},
+    "evaluation.batch": {"minimum": 1},
+}
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of config/config.yaml."""
+    sections: dict[str, dict[str, Any]] = {}
+    for step in STEPS.values():
+        known = settings.json_schema(importlib.import_module(dependencies.entry(step.module)).Settings)["properties"]
+        for name in (name for name in known if name not in step.arguments):
+            section = step.section_of(name)
+            key, value = f"{section}.{name}", known[name] | LIMITS.get(f"{section}.{name}", {})
+            if sections.setdefault(section, {}).setdefault(name, value) != value:
+                raise ValueError(f"{step.module}: {key} means something else in another step")
+    model = sections.pop("model")
+    model.pop("name")  # the key of the entry
+    references = {name: {"$ref": f"#/$defs/{name}"} for name in SECTIONS}
+    seed = {"type": "integer", "minimum": 0, "default": 0, "description": SEED}
+    needs = [
+        {"if": {"properties": {"source": {"const": source}}}, "then": {"required": [key]}}
+        for source, key in (("hub", "id"), ("folder", "path"))
+    ]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "WINDQuant configuration",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["models"],
+        "properties": {
+            "models": {
+                "description": MODELS,
+                "type": "object",
+                "minProperties": 1,
+                "propertyNames": {"pattern": "^[^/_]+$", "description": "is no name for a model: no slash, no _"},
+                "additionalProperties": {"$ref": "#/$defs/model"},
+            },
+            "seed": seed,
+            **references,
+        },
+        "$defs": {
+            "model": {
+                "description": MODEL,
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["source"],
+                "properties": {**model, "seed": seed, **references},
+                "allOf": needs,
+            },
+            **{
+                name: {
+                    "description": about,
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": sections[name],
+                }
+                for name, about in SECTIONS.items()
+            },
+        },
+    }
+
+
+def readme(schema: Mapping[str, Any]) -> str:
+    """The configuration explained, as Markdown."""
+    model = {name: value for name, value in schema["$defs"]["model"]["properties"].items() if name not in SECTIONS}
+    parts = [
+        "# Configuration",
+        f"<!-- {HEAD.strip('# ').strip()} -->",
+        "`config.yaml` says what differs from the defaults below. `snakemake --config 'recovery={steps: 60}'` sets "
+        "a key for one call, and `--configfile FILE` lays a file of your own over it. A wrong key or value is refused "
+        "before anything runs.",
+        "What holds for a model is, in this order: the default, the section in `config.yaml`, the same section in the "
+        "model's own entry.",
+        "A setting that changes reruns the steps that use it and what follows from them, and nothing else.",
+        f"## models\n\n{MODELS} {MODEL}",
+        _table({name: value for name, value in model.items() if name != "seed"}),
+        f"## seed\n\n{SEED} Default: `0`.",
+    ]
+    for name in SECTIONS:
+        section = schema["$defs"][name]
+        parts.append(f"## {name}\n\n{section['description']}")
+        parts.append(_table(section["properties"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(properties: Mapping[str, Any]) -> str:
+    rows = ["| key | default | |", "|---|---|---|"]
+    for name, value in properties.items():
+        text = str(value.get("description", "")).replace("|", "\\|")
+        rows.append(f"| `{name}` | {_default(value)} | {text}{_choices(value)} |")
+    return "\n".join(rows)
+
+
+def _default(value: Mapping[str, Any]) -> str:
+    if "default" not in value:
+        return ""
+    default = value["default"]
+    shown = f"[{', '.join(map(settings.show, default))}]" if isinstance(default, list) else settings.show(default)
+    return f"`{shown}`" if shown else "empty"
+
+
+def _choices(value: Mapping[str, Any]) -> str:
+    inner = value.get("items", value)
+    return f" (one of {', '.join(f'`{choice}`' for choice in inner['enum'])})" if "enum" in inner else ""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what occurs twice twice: anchors are hard to read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def documents() -> dict[Path, str]:
+    """What the two files should hold."""
+    made = schema()
+    text = yaml.dump(made, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+    return {SCHEMA: HEAD + text, README: readme(made)}
+
+
+if __name__ == "__main__":
+    for path, text in documents().items():
+        path.write_text(text)
+        print(f"wrote {path}")

@@ -1,0 +1,208 @@
+"""A step's settings: one frozen dataclass becomes its command line, its part of the configuration schema, and back.
+
+    @dataclass(frozen=True)
+    class Settings:
+        steps: int = 30  # distillation steps
+
+gives `--steps 30`, the help text "distillation steps", and {"steps": {"type": "integer", "default": 30, ...}}.
+Field types: int, float, str, bool, Path, Literal of strings, tuples of one of these (comma-separated), and `| None`.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import io
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from windquant.errors import WindquantError
+
+T = TypeVar("T")
+NONE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The type of a field, taken apart."""
+
+    scalar: type  # int, float, str, bool or Path
+    many: bool = False  # tuple[scalar, ...]
+    optional: bool = False  # ... | None
+    choices: tuple[str, ...] = ()  # of a Literal
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Right-hand comment of every field, base classes included. A field without one has no entry."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        source = textwrap.dedent(inspect.getsource(base))
+        lines = {
+            token.start[0]: token.string.lstrip("#: ").rstrip()
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        body = ast.parse(source).body[0]
+        for node in body.body if isinstance(body, ast.ClassDef) else ():
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                last = node.end_lineno or node.lineno
+                text = [lines[line] for line in range(node.lineno, last + 1) if line in lines]
+                if text:
+                    found[node.target.id] = " ".join(text)
+    return found
+
+
+def kinds(cls: type) -> dict[str, Kind]:
+    """Type of every field; raises TypeError for one that the command line cannot carry."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: _kind(hints[field.name], field.name) for field in dataclasses.fields(cls) if field.init}
+
+
+def _kind(hint: Any, name: str) -> Kind:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType) and len(arguments) == 2 and type(None) in arguments:
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return dataclasses.replace(_kind(inner, name), optional=True)
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        return dataclasses.replace(_kind(arguments[0], name), many=True)
+    if origin is Literal and all(isinstance(argument, str) for argument in arguments):
+        return Kind(str, choices=arguments)
+    if hint in (int, float, str, bool, Path):
+        return Kind(hint)
+    raise TypeError(f"setting {name}: type {hint} has no command-line form")
+
+
+def parse(text: str, kind: Kind) -> Any:
+    """The value that `text` stands for; raises ValueError (the message says what would be right)."""
+    if kind.optional and text.lower() == NONE:
+        return None
+    if kind.many:
+        inner = dataclasses.replace(kind, many=False, optional=False)
+        return tuple(parse(part.strip(), inner) for part in text.split(",") if part.strip())
+    if kind.scalar is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{text!r} is not true or false")
+        return text.lower() == "true"
+    if kind.choices and text not in kind.choices:
+        raise ValueError(f"{text!r} is not one of {', '.join(kind.choices)}")
+    try:
+        return kind.scalar(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind.scalar]
+        raise ValueError(f"{text!r} is not {wanted}") from None
+
+
+def show(value: Any) -> str:
+    """Inverse of `parse`."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return ",".join(show(item) for item in value)
+    return str(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: type) -> None:
+    """One flag per field of the dataclass: `--name VALUE`; a bool is `--name`, `--no-name` or `--name true|false`."""
+    text = comments(cls)
+    for name, kind in kinds(cls).items():
+        default = _default(cls, name)
+        required = default is dataclasses.MISSING
+        description = text.get(name, "").replace("%", "%%")
+        if not required:
+            description += f" [{show(default)}]".replace("%", "%%")
+        options: dict[str, Any] = {
+            "dest": name,
+            "default": None if required else default,
+            "required": required,
+            "help": description.strip(),
+            "type": _converter(kind),
+        }
+        if kind.scalar is bool and not kind.many:
+            parser.add_argument(flag(name), nargs="?", const=True, metavar="true|false", **options)
+            negative: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            parser.add_argument(flag(f"no_{name}"), action="store_const", const=False, **negative)
+        else:
+            shown = "|".join(kind.choices) if kind.choices else kind.scalar.__name__.upper()
+            parser.add_argument(flag(name), metavar=f"{shown},..." if kind.many else shown, **options)
+
+
+def _converter(kind: Kind) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return parse(text, kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _default(cls: type, name: str) -> Any:
+    """Default value of a field, or dataclasses.MISSING."""
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
+    return cls(**{name: getattr(arguments, name) for name in kinds(cls)})
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
+    """Settings from a section of the configuration; raises WindquantError naming an unknown key or a wrong value."""
+    fields = kinds(cls)
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise WindquantError(f"{where}.{name}: unknown key; known are {', '.join(fields)}")
+        try:
+            converted[name] = parse(show(value), fields[name])
+        except ValueError as error:
+            raise WindquantError(f"{where}.{name}: {error}") from None
+    return cls(**converted)
+
+
+def to_flags(values: Mapping[str, Any]) -> list[str]:
+    """Command-line flags of a section of the configuration: {"learning_rate": 6e-3} -> ["--learning-rate=0.006"]."""
+    return [f"{flag(name)}={show(value)}" for name, value in values.items()]
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """Settings as JSON types: tuples are lists, paths are strings."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON schema of the section of the configuration that holds this dataclass's fields."""
+    text = comments(cls)
+    properties: dict[str, Any] = {}
+    for name, kind in kinds(cls).items():
+        json_type = {int: "integer", float: "number", bool: "boolean"}.get(kind.scalar, "string")
+        schema: dict[str, Any] = {"type": json_type}
+        if kind.choices:
+            schema["enum"] = list(kind.choices)
+        if kind.many:
+            schema = {"type": "array", "items": schema}
+        if kind.optional:
+            schema = {"anyOf": [schema, {"type": "null"}]}
+        if name in text:
+            schema["description"] = text[name]
+        if (default := _default(cls, name)) is not dataclasses.MISSING:
+            schema["default"] = _plain(default)
+        properties[name] = schema
+    return {"type": "object", "additionalProperties": False, "properties": properties}

@@ -1,0 +1,316 @@
+"""The frame of every step: command line, seeds, atomic output, manifest, tracking, errors.
+
+    python -m windquant.recovery --model DIR --calibration DIR --checkpoint DIR --output DIR --steps 30
+
+A step module has a `Settings` dataclass, `run(task, settings)`, and ends with
+
+    if __name__ == "__main__":
+        step.main("recovery", run, Settings, inputs=("model", "calibration", "checkpoint"))
+
+Exit codes: 0 done; 2 bad input (one line `error: ...`); 1 any other failure (with its traceback);
+128 + signal where the process was told to stop.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+from windquant import atomic, dependencies, manifest, settings as settings_module, tracking
+from windquant.errors import WindquantError
+from windquant.manifest import Manifest
+from windquant.progress import Progress
+
+T = TypeVar("T")
+S = TypeVar("S")
+CACHE = Path(".cache")
+#: Environment problems that a person can mend: disk full, quota, read-only, no permission.
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The settings that every step has."""
+
+    seed: int = 0  # of every random choice
+    threads: int | None = None  # of the computation; none: all cores
+
+
+class Task:
+    """What `run` gets: where its inputs are, where to write, and whom to tell."""
+
+    def __init__(
+        self,
+        step: str,
+        inputs: dict[str, Path],
+        output: Path,
+        *,
+        files: dict[str, list[Path]] | None = None,
+        seed: int = 0,
+        key: Callable[[], str] = lambda: "default",
+        tracker: "tracking.Tracker | None" = None,
+    ) -> None:
+        self.step = step
+        self.inputs = inputs  # the inputs that take one path; an optional one that was not given is missing
+        self.files = files or {}  # the inputs that take several paths
+        self.output = output  # write here: a file or a folder of your making; it is renamed when `run` returns
+        self.seed = seed
+        self.notes: dict[str, Any] = {}
+        self.tracker = tracker or tracking.Tracker()
+        self._final_name = atomic.final_name(output)
+        self._key = key  # called only where a cache is used: it reads the step's code
+        self._cache: Path | None = None
+
+    def metric(self, name: str, value: float, step: int | None = None) -> None:
+        self.tracker.metrics({name: value}, step)
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        self.tracker.metrics(values, step)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """More parameters than the settings, e.g. what was measured on the input."""
+        self.tracker.params(values)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file or a folder (`path` may lie in `output`) into the run's artifacts."""
+        self.tracker.artifact(path, folder, self._final_name if path == self.output else None)
+
+    def dataset(self, name: str, source: str, digest: str, context: str = "") -> None:
+        """Name the data that the step read: `digest` identifies its content, `context` says what for."""
+        self.tracker.dataset(name, source, digest, context)
+
+    def note(self, key: str, value: Any) -> None:
+        """A JSON value for the manifest's `notes`, where the steps that follow find it."""
+        self.notes[key] = value
+
+    def progress(self, iterable: Iterable[T] | None = None, total: int | None = None, label: str = "") -> Progress[T]:
+        return Progress(iterable, total, label or self.step)
+
+    @property
+    def cache(self) -> Path:
+        """Folder for training checkpoints: the same for the same settings, inputs and code; removed after success."""
+        if self._cache is None:
+            self._cache = CACHE / self.step / self._key()
+        self._cache.mkdir(parents=True, exist_ok=True)
+        return self._cache
+
+    def clear_cache(self) -> None:
+        if self._cache is not None:
+            shutil.rmtree(self._cache, ignore_errors=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise WindquantError(message.removeprefix("argument "))
+
+
+def main(
+    step: str,
+    run: Callable[[Task, S], None],
+    settings: type[S],
+    inputs: Sequence[str] = (),
+    *,
+    argv: Sequence[str] | None = None,
+    light: bool = False,
+) -> None:
+    """Run one step from the command line.
+
+    `inputs` are names of path flags: "plan" must be given, "plan?" may be given, "results*" takes several paths.
+    `light` steps do without torch. Raises SystemExit(2) on bad input; any other exception passes through.
+    """
+    started = _process_age() if argv is None else 0.0
+    start = time.monotonic() - started
+    try:
+        arguments = _parse(step, settings, inputs, argv)
+        _run(step, run, settings_module.from_arguments(settings, arguments), inputs, arguments, start, light)
+    except WindquantError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        print(f"error: {error.filename or step}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parse(step: str, settings: type, inputs: Sequence[str], argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog=f"python -m windquant.{step}", allow_abbrev=False, description=_description(settings))
+    for name, mark in map(_split, inputs):
+        options: dict[str, Any] = {"nargs": "+"} if mark == "*" else {}
+        parser.add_argument(settings_module.flag(name), type=Path, metavar="PATH", required=not mark, **options)
+    parser.add_argument("--output", type=Path, metavar="PATH", required=True, help="file or folder to make")
+    parser.add_argument("--experiment", type=Path, metavar="JSON", help="log a child run of this experiment to MLflow")
+    settings_module.add_arguments(parser, Frame)
+    settings_module.add_arguments(parser.add_argument_group("settings"), settings)
+    return parser.parse_args(argv)
+
+
+def _description(settings: type) -> str:
+    module = sys.modules.get(settings.__module__)
+    return ((module.__doc__ if module else "") or "").strip().partition("\n")[0]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """("plan", "?") of "plan?"."""
+    return (name[:-1], name[-1]) if name[-1] in "?*" else (name, "")
+
+
+def _run(
+    step: str,
+    run: Callable[[Task, S], None],
+    settings: S,
+    inputs: Sequence[str],
+    arguments: argparse.Namespace,
+    start: float,
+    light: bool,
+) -> None:
+    output: Path = arguments.output
+    if not output.name:
+        raise WindquantError(f"--output {output}: not the name of a file or folder to make")
+    single, several = _collect(inputs, arguments)
+    sources = {**single, **{f"{name}.{i}": path for name, paths in several.items() for i, path in enumerate(paths)}}
+    digests = {name: {"path": str(path), "sha256": _digest(name, path)} for name, path in sources.items()}
+    plain = settings_module.to_json(settings)
+
+    def key() -> str:
+        return cache_key(step, plain, arguments.seed, digests, code_digest(run))
+
+    if arguments.threads and not light:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    commit, dirty = manifest.git_state()
+
+    with (
+        _terminable(),
+        atomic.output(output) as partial,
+        tracking.child(arguments.experiment, step, plain, arguments.seed) as tracker,
+    ):
+        for name, entry in digests.items():
+            tracker.dataset(name, entry["path"], entry["sha256"], step)
+        seed_everything(arguments.seed, torch=not light)
+        task = Task(step, single, partial, files=several, seed=arguments.seed, key=key, tracker=tracker)
+        run(task, settings)
+        if not partial.exists():
+            raise RuntimeError(f"step {step} returned without making {output}")
+        document = Manifest(
+            step=step,
+            settings=plain,
+            seed=arguments.seed,
+            inputs=digests,
+            output={"path": str(output), "sha256": manifest.sha256(partial)},
+            seconds=round(time.monotonic() - start, 3),
+            peak_memory_bytes=peak_memory(),
+            versions=manifest.versions(),
+            git_commit=commit,
+            git_dirty=dirty,
+            mlflow_run_id=tracker.run_id,
+            notes=task.notes,
+        )
+        json.dumps(document.notes)  # an error here leaves no artifact without a manifest
+        tracker.metrics({"seconds": document.seconds, **_flat(document.peak_memory_bytes, "peak_memory_bytes")})
+    document.save(output)
+    task.clear_cache()
+
+
+def _collect(inputs: Sequence[str], arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, list[Path]]]:
+    single: dict[str, Path] = {}
+    several: dict[str, list[Path]] = {}
+    for name, mark in map(_split, inputs):
+        value = getattr(arguments, name)
+        if mark == "*":
+            several[name] = value or []
+        elif value is not None:
+            single[name] = value
+    return single, several
+
+
+def _digest(name: str, path: Path) -> str:
+    if not path.exists():
+        raise WindquantError(f"{settings_module.flag(name.partition('.')[0])} {path}: no such file or folder")
+    return manifest.verified_sha256(path)
+
+
+def cache_key(
+    step: str, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, Mapping[str, str]], code: str
+) -> str:
+    """Digest of whatever a training checkpoint depends on."""
+    content = {name: entry["sha256"] for name, entry in inputs.items()}
+    text = json.dumps([step, settings, seed, content, code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_digest(run: Callable[..., None]) -> str:
+    """Digest of the step's module and what it imports, comments aside; empty outside of the package."""
+    spec = getattr(sys.modules.get(run.__module__), "__spec__", None)  # `python -m` keeps the real name there
+    name = spec.name if spec is not None else ""
+    return dependencies.digest(name) if name.startswith(dependencies.PACKAGE + ".") else ""
+
+
+def seed_everything(seed: int, torch: bool = True) -> None:
+    """Seed python, numpy and (unless the step is light) torch, which then refuses nondeterministic kernels."""
+    random.seed(seed)
+    if "numpy" in sys.modules or torch:
+        import numpy
+
+        numpy.random.seed(seed % 2**32)
+    if torch:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+        import torch as torch_module
+
+        torch_module.manual_seed(seed)
+        torch_module.use_deterministic_algorithms(True)
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: host = the largest of this process and its children, gpu = torch's peak, 0 without a GPU."""
+    kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else 0
+    return {"host": kibibytes * 1024, "gpu": gpu}
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that the partial output goes; worker processes that inherit this just die."""
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _flat(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {f"{prefix}.{name}": value for name, value in values.items()}
+
+
+def _process_age() -> float:
+    """Seconds since this process was started, so that a step's time includes its imports; 0 where unknown."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, AttributeError):
+        return 0.0

@@ -1,0 +1,30 @@
+# For every unit and action the predicted loss increase and the exact storage cost.
+
+
+rule bank:
+    input:
+        model=ancient("resources/models/{model}"),
+        model_manifest="resources/models/{model}.manifest.json",
+        statistics="data/statistics/{model}.safetensors",
+        experiment=ancient("data/experiments/{model}.json"),
+    output:
+        bank="data/bank/{model}.safetensors",
+        manifest="data/bank/{model}.safetensors.manifest.json",
+    log:
+        "logs/bank/{model}.log",
+    benchmark:
+        "logs/bank/{model}.benchmark.jsonl"
+    conda:
+        "../envs/windquant.yaml"
+    threads: ALL_CORES
+    params:
+        code=code("bank"),
+        lock=LOCK,
+        seed=seed,
+        settings=settings("bank"),
+    message:
+        "bank: errors and costs of every action for {wildcards.model}"
+    shell:
+        "python -m windquant.bank --model {input.model} --statistics {input.statistics}"
+        " --output {output.bank} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " {params.settings} 2>&1 | tee {log}"

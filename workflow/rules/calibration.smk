@@ -1,0 +1,30 @@
+# Text -> tokens of the calibration, reward, recovery and test splits, and the zero-shot tasks.
+
+
+rule calibration:
+    input:
+        model=ancient("resources/models/{model}"),
+        model_manifest="resources/models/{model}.manifest.json",
+        files=text_files,
+        experiment=ancient("data/experiments/{model}.json"),
+    output:
+        folder=directory("data/calibration/{model}"),
+        manifest="data/calibration/{model}.manifest.json",
+    log:
+        "logs/calibration/{model}.log",
+    benchmark:
+        "logs/calibration/{model}.benchmark.jsonl"
+    conda:
+        "../envs/windquant.yaml"
+    threads: ALL_CORES
+    params:
+        code=code("calibration"),
+        lock=LOCK,
+        seed=seed,
+        settings=settings("calibration"),
+    message:
+        "calibration: text and tasks for {wildcards.model}"
+    shell:
+        "python -m windquant.calibration --model {input.model}"
+        " --output {output.folder} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " {params.settings} 2>&1 | tee {log}"

@@ -1,0 +1,113 @@
+# What all rules share. Two things hold everywhere:
+#
+# - A step reruns when its settings, its code or its inputs change, and only then. Settings and code are `params`:
+#   the flags as they stand on the command line, and a digest of the step's modules without comments and docstrings.
+# - Snakemake compares files by content but folders by time, and in a clone times mean nothing. So a folder is an
+#   input for its path only (`ancient`), and its manifest, a small file that holds the folder's digest, stands for it.
+#   A model's or plan's experiment is `ancient` too: it says where to log and changes no result.
+
+import hashlib
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(str(workflow.basedir))
+ALL_CORES = workflow.cores or 1
+
+# `python -m windquant` in the rules means the python that runs Snakemake, also where its environment is not
+# activated, and the package beside this workflow, also where another clone is installed.
+sys.path.insert(0, str(ROOT))
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *filter(None, [os.environ.get("PATH")])]),
+    PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+)
+
+from windquant import configuration, dependencies
+from windquant.errors import WindquantError
+
+
+def one_line(function):
+    """Bad input is one line for the user, not a traceback: nothing has been started yet."""
+
+    def wrapped(*arguments):
+        try:
+            return function(*arguments)
+        except WindquantError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    return wrapped
+
+
+SCHEMA = one_line(configuration.load)(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+CONFIG = one_line(configuration.validate)(config, SCHEMA)
+
+
+@cache
+@one_line
+def resolved(model):
+    """What the configuration says about a model."""
+    return configuration.resolve(CONFIG, SCHEMA, model)
+
+
+def settings(step):
+    """The settings of a step, as flags."""
+    return lambda wildcards: configuration.flags(resolved(wildcards.model), step)
+
+
+def seed(wildcards):
+    return resolved(wildcards.model)["seed"]
+
+
+def config_sha256(wildcards):
+    return configuration.sha256(resolved(wildcards.model))
+
+
+def code(*modules):
+    """Digest of a step's modules and all that they import."""
+    return dependencies.digest(*(f"windquant.{module}" for module in modules))
+
+
+def lock():
+    """Digest of the locked packages; a comment in the lock file changes nothing."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    return hashlib.sha256("\n".join(line for line in lines if not line.startswith("#")).encode()).hexdigest()[:16]
+
+
+LOCK = lock()
+
+
+@one_line
+def model_files(wildcards):
+    """The files of a local model, so that a changed one is noticed. Also the check that the model exists at all."""
+    entry = resolved(wildcards.model)["model"]
+    return configuration.local_files(f"models.{wildcards.model}", entry, {"source": "path"})
+
+
+@one_line
+def text_files(wildcards):
+    """The files of local texts."""
+    entry = resolved(wildcards.model)["calibration"]
+    return configuration.local_files("calibration", entry, {"source": "path", "test_source": "test_path"})
+
+
+@one_line
+def bank_of_plan(wildcards):
+    """The bank that a plan is made from; bits and allocator are checked on the way."""
+    configuration.check_bits(wildcards.bits)
+    configuration.check_allocator(wildcards.allocator)
+    return f"data/bank/{wildcards.model}.safetensors"
+
+
+def of_plan(*patterns):
+    """The files of the plan that a result is about: an empty {baseline} is PPO."""
+
+    def files(wildcards):
+        allocator = wildcards.baseline.removeprefix(".") or "ppo"
+        return [pattern.format(allocator=allocator, **wildcards) for pattern in patterns]
+
+    return files
+
+
+#: What stands in the name of a result for each allocator.
+BASELINES = ["" if allocator == "ppo" else f".{allocator}" for allocator in configuration.ALLOCATORS]

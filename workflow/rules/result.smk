@@ -1,0 +1,66 @@
+# Everything measured in one experiment, in one file. The PPO plan's has no allocator in its name.
+
+
+rule result:
+    input:
+        model=ancient("resources/models/{model}"),
+        calibration=ancient("data/calibration/{model}"),
+        statistics="data/statistics/{model}.safetensors",
+        bank="data/bank/{model}.safetensors",
+        plan=of_plan("data/plans/{model}_{bits}bits.{allocator}.json"),
+        before_recovery=ancient(of_plan("data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery")),
+        quantized=ancient(of_plan("data/checkpoints/{model}_{bits}bits.{allocator}/quantized")),
+        perplexity_original="data/evaluation/{model}.original.perplexity.json",
+        perplexity_before_recovery=of_plan(
+            "data/evaluation/{model}_{bits}bits.{allocator}.before_recovery.perplexity.json"
+        ),
+        perplexity_quantized=of_plan("data/evaluation/{model}_{bits}bits.{allocator}.quantized.perplexity.json"),
+        zero_shot_original="data/evaluation/{model}.original.zero_shot.json",
+        zero_shot_quantized=of_plan("data/evaluation/{model}_{bits}bits.{allocator}.quantized.zero_shot.json"),
+        manifests=of_plan(
+            "resources/models/{model}.manifest.json",
+            "data/calibration/{model}.manifest.json",
+            "data/statistics/{model}.safetensors.manifest.json",
+            "data/bank/{model}.safetensors.manifest.json",
+            "data/plans/{model}_{bits}bits.{allocator}.json.manifest.json",
+            "data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery.manifest.json",
+            "data/checkpoints/{model}_{bits}bits.{allocator}/quantized.manifest.json",
+            "data/evaluation/{model}.original.perplexity.json.manifest.json",
+            "data/evaluation/{model}_{bits}bits.{allocator}.before_recovery.perplexity.json.manifest.json",
+            "data/evaluation/{model}_{bits}bits.{allocator}.quantized.perplexity.json.manifest.json",
+            "data/evaluation/{model}.original.zero_shot.json.manifest.json",
+            "data/evaluation/{model}_{bits}bits.{allocator}.quantized.zero_shot.json.manifest.json",
+        ),
+        experiment=ancient(of_plan("data/experiments/{model}_{bits}bits.{allocator}.json")),
+    output:
+        result=report(
+            "results/{model}_{bits}bits{baseline}.json",
+            category="Results",
+            labels={"model": "{model}", "bits": "{bits}", "allocator": "{baseline}"},
+            caption="../report/result.rst",
+        ),
+        manifest="results/{model}_{bits}bits{baseline}.json.manifest.json",
+    log:
+        "logs/result/{model}_{bits}bits{baseline}.log",
+    benchmark:
+        "logs/result/{model}_{bits}bits{baseline}.benchmark.jsonl"
+    localrule: True
+    conda:
+        "../envs/windquant.yaml"
+    params:
+        code=code("result"),
+        lock=LOCK,
+        seed=seed,
+        config_sha256=config_sha256,
+    message:
+        "result: {wildcards.model} at {wildcards.bits} bits"
+    shell:
+        "python -m windquant.result --model {input.model} --calibration {input.calibration}"
+        " --statistics {input.statistics} --bank {input.bank} --plan {input.plan}"
+        " --before-recovery {input.before_recovery} --quantized {input.quantized}"
+        " --perplexity-original {input.perplexity_original}"
+        " --perplexity-before-recovery {input.perplexity_before_recovery}"
+        " --perplexity-quantized {input.perplexity_quantized}"
+        " --zero-shot-original {input.zero_shot_original} --zero-shot-quantized {input.zero_shot_quantized}"
+        " --output {output.result} --experiment {input.experiment} --seed {params.seed}"
+        " --config-sha256={params.config_sha256} 2>&1 | tee {log}"

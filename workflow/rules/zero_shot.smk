@@ -1,0 +1,50 @@
+# Zero-shot accuracy, through lm-eval: of the original model, shared by all its plans, and of the quantized one.
+
+
+rule zero_shot_original:
+    input:
+        checkpoint=ancient("resources/models/{model}"),
+        checkpoint_manifest="resources/models/{model}.manifest.json",
+        calibration=ancient("data/calibration/{model}"),
+        calibration_manifest="data/calibration/{model}.manifest.json",
+        experiment=ancient("data/experiments/{model}.json"),
+    output:
+        evaluation="data/evaluation/{model}.original.zero_shot.json",
+        manifest="data/evaluation/{model}.original.zero_shot.json.manifest.json",
+    log:
+        "logs/zero_shot/{model}.original.log",
+    benchmark:
+        "logs/zero_shot/{model}.original.benchmark.jsonl"
+    conda:
+        "../envs/windquant.yaml"
+    threads: ALL_CORES
+    params:
+        code=code("evaluation.zero_shot"),
+        lock=LOCK,
+        seed=seed,
+        settings=settings("zero_shot"),
+    message:
+        "zero_shot: original {wildcards.model}"
+    shell:
+        "python -m windquant.evaluation.zero_shot --checkpoint {input.checkpoint}"
+        " --calibration {input.calibration}"
+        " --output {output.evaluation} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " {params.settings} 2>&1 | tee {log}"
+
+
+use rule zero_shot_original as zero_shot with:
+    input:
+        checkpoint=ancient("data/checkpoints/{model}_{bits}bits.{allocator}/{stage}"),
+        checkpoint_manifest="data/checkpoints/{model}_{bits}bits.{allocator}/{stage}.manifest.json",
+        calibration=ancient("data/calibration/{model}"),
+        calibration_manifest="data/calibration/{model}.manifest.json",
+        experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
+    output:
+        evaluation="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.json",
+        manifest="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.json.manifest.json",
+    log:
+        "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.log",
+    benchmark:
+        "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
+    message:
+        "zero_shot: {wildcards.model} at {wildcards.bits} bits ({wildcards.allocator}, {wildcards.stage})"
