@@ -42,9 +42,7 @@ def sentence(chance: random.Random) -> str:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 documents of four paragraphs of five sentences, separated by blank lines; about 50,000 tiny tokens."""
     chance = random.Random(0)
-    documents = [
-        "\n".join(" ".join(sentence(chance) for _ in range(5)) for _ in range(4)) for _ in range(80)
-    ]
+    documents = ["\n".join(" ".join(sentence(chance) for _ in range(5)) for _ in range(4)) for _ in range(80)]
     path = tmp_path_factory.mktemp("text") / "paragraphs.txt"
     path.write_text("\n\n".join(documents) + "\n")
     return path
@@ -87,7 +85,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path)
 @pytest.fixture
 def make_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], Any]:
     """Function (member, content) -> WheelFile: a wheel `wqtestdata==1.0` that holds one file, where pip finds it."""
-    from windquant.sources import WheelFile
+    from windquant.sources import Part, WheelFile
 
     folder = tmp_path / "index"
     folder.mkdir()
@@ -101,6 +99,7 @@ def make_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
             archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: wqtestdata\nVersion: 1.0\n")
             archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             archive.writestr(f"{information}/RECORD", "")
-        return WheelFile("wqtestdata", "1.0", member, hashlib.sha256(content).hexdigest(), "MIT")
+        part = Part("wqtestdata", "1.0", member)
+        return WheelFile(member.rpartition("/")[2], (part,), hashlib.sha256(content).hexdigest(), "MIT")
 
     return make

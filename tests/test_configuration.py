@@ -112,7 +112,7 @@ def test_a_models_own_section_wins_over_the_shared_one_and_that_over_the_default
         ({"models": {"a": HUB}, "recoverry": {}}, "recoverry: unknown key; did you mean recovery?"),
         ({"models": {"a": HUB}, "recovery": {"step": 1}}, "recovery.step: unknown key; did you mean recovery.steps?"),
         ({"models": {"a": HUB}, "recovery": {"chunk": 1}}, "recovery.chunk: unknown key; did you mean units.chunk?"),
-        ({"models": {"a": HUB}, "recovery": {"zzz": 1}}, "recovery.zzz: unknown key; known are steps"),
+        ({"models": {"a": HUB}, "recovery": {"zzz": 1}}, "recovery.zzz: unknown key; known are "),
         (
             {"models": {"a": {**HUB, "units": {"chnk": 1}}}},
             "models.a.units.chnk: unknown key; did you mean models.a.units",

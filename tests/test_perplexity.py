@@ -26,7 +26,8 @@ def test_equals_transformers_loss_whatever_the_batch(tiny_model_folder: Path, id
         assert score.nll == pytest.approx(expected, rel=1e-5)
         assert score.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
         assert score.windows == pytest.approx(scores[0].windows, rel=1e-6)
-    assert scores[0].tokens == 5 * 299 and scores[0].context == 300
+    assert scores[0].tokens == 5 * 299
+    assert scores[0].context == 300
     spread_of_windows = torch.tensor(scores[0].windows, dtype=torch.float64).std().item()
     assert scores[0].standard_error == pytest.approx(spread_of_windows / math.sqrt(5))
 
@@ -34,7 +35,8 @@ def test_equals_transformers_loss_whatever_the_batch(tiny_model_folder: Path, id
 def test_token_losses_are_those_of_each_next_token(tiny_model_folder: Path, ids: torch.Tensor) -> None:
     model = models.load(tiny_model_folder)
     losses = token_losses(model, ids[:2], batch=2)
-    assert losses.shape == (2, 299) and losses.dtype == torch.float64
+    assert losses.shape == (2, 299)
+    assert losses.dtype == torch.float64
     logs = model(input_ids=ids[:2].long()).logits.log_softmax(-1)
     for row, position in ((0, 0), (1, 255), (1, 298)):  # 256 logits are widened at a time
         expected = -logs[row, position, int(ids[row, position + 1])].item()
@@ -96,5 +98,6 @@ def test_a_loss_that_is_not_finite_is_refused(
     argv = ["--checkpoint", str(folder), "--calibration", str(calibration), "--output", str(output)]
     with pytest.raises(SystemExit) as stop:
         step.main("perplexity", module.run, module.Settings, ("checkpoint", "calibration"), argv=argv)
-    assert stop.value.code == 2 and not output.exists()
+    assert stop.value.code == 2
+    assert not output.exists()
     assert "not finite" in capsys.readouterr().err

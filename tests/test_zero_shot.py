@@ -35,12 +35,14 @@ def test_sentences_are_not_cut_at_abbreviations_and_initials() -> None:
 
 def test_cloze_asks_for_a_word_that_the_context_mentions(articles: list[Article]) -> None:
     records = cloze_records(articles, 30)
-    assert len(records) == 30 and cloze_records(articles, 30) == records
+    assert len(records) == 30
+    assert cloze_records(articles, 30) == records
     texts = {article.title: article.text.replace("\n\n", " ") for article in articles}
     for record in records:
         assert f"{record['context']} {record['target']}." in texts[record["title"]]
         words = record["context"].split()
-        assert record["target"] in record["context"] and record["target"] != words[-1]
+        assert record["target"] in record["context"]
+        assert record["target"] != words[-1]
     assert len({record["title"] for record in records}) == 12  # drawn evenly
 
 
@@ -155,7 +157,9 @@ def test_the_papers_tasks_run_from_local_files(tiny_model_folder: Path, artifact
     )
     assert list(scores) == names
     for score in scores.values():
-        assert score["samples"] == 3 and score["accuracy"] in (0.0, 1.0) and score["stderr"] == 0.0
+        assert score["samples"] == 3
+        assert score["accuracy"] in (0.0, 1.0)
+        assert score["stderr"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -178,14 +182,13 @@ def test_wrong_keys_are_named(
     (tmp_path / "piqa.validation.jsonl").write_text('{"question": "x"}\n')
     with pytest.raises(SystemExit) as stop:
         evaluate(tiny_model_folder, artifact, tmp_path / "x.json", *(flag.format(folder=tmp_path) for flag in flags))
-    assert stop.value.code == 2 and not (tmp_path / "x.json").exists()
+    assert stop.value.code == 2
+    assert not (tmp_path / "x.json").exists()
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert all(word in line for word in words), line
 
 
-def test_missing_records_are_named(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_records_are_named(tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit):
         evaluate(tiny_model_folder, tmp_path / "empty", tmp_path / "x.json")

@@ -105,8 +105,8 @@ class Bank:
         if bits > target_bits:
             raise ValueError(f"{allocator}: plan has {bits:.5f} effective bits, above its target {target_bits}")
         actions: dict[str, list[str]] = {linear.name: [] for linear in self.linears}
-        for unit, action in enumerate(choice):
-            actions[self.linears[self.linear[unit]].name].append(self.actions[action])
+        for unit, chosen in enumerate(choice):
+            actions[self.linears[self.linear[unit]].name].append(self.actions[chosen])
         return Plan(
             model=self.model,
             allocator=allocator,
@@ -174,7 +174,7 @@ def run(task: step.Task, settings: Settings) -> None:
     original = torch.float16 if model.config.get_text_config().dtype == torch.float16 else torch.bfloat16
     units = Units(settings.chunk, settings.protected, settings.window, settings.order, str(original).split(".")[1])
     progress = task.progress(statistics.linears, label="bank")
-    weights = ((linear, model.get_submodule(linear.name).weight) for linear in progress)
+    weights = ((linear, model.get_parameter(f"{linear.name}.weight")) for linear in progress)
     bank = make(task.inputs["model"].name, weights, statistics, units, menu(settings.treatment))
     bank.save(task.output)
     task.note("units", len(bank.linear))
@@ -210,23 +210,27 @@ def make(
             columns["bytes"].append([unit_bytes(entry, linear.rows, width) for entry in entries])
             start += width
         linears.append(linear)
-    kinds = {"energy": np.float64, "errors": np.float64, "bytes": np.int64}
-    arrays = {name: np.array(values, dtype=kinds.get(name, np.int32)) for name, values in columns.items()}
     return Bank(
         model=model,
         chunk=form.chunk,
         actions=names,
         linears=linears,
+        linear=np.array(columns["linear"], np.int32),
+        position=np.array(columns["position"], np.int32),
+        width=np.array(columns["width"], np.int32),
+        energy=np.array(columns["energy"], np.float64),
+        errors=np.array(columns["errors"], np.float64),
+        bytes=np.array(columns["bytes"], np.int64),
         fixed_bytes=sum(fixed_bytes(linear, form) for linear in linears),
         units=units,
-        **arrays,
     )
 
 
 def unit_errors(chunk: Tensor, conditional: Tensor, fisher: Tensor, entries: list[Treatment]) -> list[float]:
     """Predicted loss increase of every action of one unit, nats per token.
 
-    chunk: [rows, width] as it is in the model; conditional: [width], the channels' conditional energies; fisher: [rows].
+    chunk: [rows, width] as it is in the model; conditional: [width], the channels' conditional energies; fisher:
+    [rows].
     A rotation mixes the channels of a chunk; their conditional energies then all become the geometric mean, because the
     product of the conditional energies (a determinant) is all that a rotation inside the chunk leaves alone.
     """

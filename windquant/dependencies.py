@@ -11,8 +11,9 @@ from pathlib import Path
 
 PACKAGE = "windquant"
 ROOT = Path(__file__).resolve().parent
-#: Modules that every step imports and none computes with: what they do never changes an artifact.
-WITHOUT_EFFECT = {PACKAGE, f"{PACKAGE}.tracking", f"{PACKAGE}.progress"}
+#: Modules that every step imports and none computes with: what they do never changes an artifact. (Importing the
+#: package registers the packed format; rules whose steps load packed checkpoints name it.)
+WITHOUT_EFFECT = {PACKAGE, *(f"{PACKAGE}.{name}" for name in ("dependencies", "progress", "tracking"))}
 #: Files beside the code that belong to it.
 DATA = (".yaml", ".json", ".jinja")
 
@@ -63,12 +64,21 @@ def entry(module: str) -> str:
 
 
 def settings(module: str) -> list[str]:
-    """The field names of a step's `Settings` dataclass, in order, without importing it."""
-    for name in (entry(module), module):
-        for node in _tree(source(name)).body:
-            if isinstance(node, ast.ClassDef) and node.name == "Settings":
-                targets = [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
-                return [target.id for target in targets if isinstance(target, ast.Name)]
+    """The field names of a step's `Settings` dataclass, those of its bases first, without importing it."""
+    return _fields(entry(module), "Settings")
+
+
+def _fields(module: str, name: str) -> list[str]:
+    for node in _tree(source(module)).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            own = [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
+            inherited = [field for base in bases for field in _fields(module, base)]
+            return [*inherited, *(target.id for target in own if isinstance(target, ast.Name))]
+        if isinstance(node, ast.ImportFrom) and node.module and _find(node.module):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _fields(node.module, alias.name)
     return []
 
 

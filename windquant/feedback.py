@@ -65,7 +65,6 @@ def quantize_linear(
     weight: float32 [rows, columns]; order: int64 [columns], protected columns first; covariance: H [columns, columns]
     in natural order; importance: [rows], weight of each row's squared error (Fisher).
     """
-    rows, columns = weight.shape
     protected, starts, widths = layout.protected, layout.starts, layout.widths
     rotated = [
         (protected + start, width)

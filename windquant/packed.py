@@ -7,16 +7,16 @@ The scale of row r in chunk c takes four bits beside what rows and chunks share:
 with base, step and chunk_c in FP16 and row_r in eight bits. docs/format.md describes every byte.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from windquant.errors import WindquantError
 from windquant.quantizers import Treatment, action, actions
-from windquant.quantizers.base import Fit
 from windquant.quantizers.rotation import rotation
 from windquant.storage import pack, stream_bytes, unpack
 from windquant.units import Linear, chunk_widths, protected_count
@@ -149,10 +149,7 @@ def pack_order(order: Tensor, widths: list[int], protected: int) -> Tensor:
 def unpack_order(packed: Tensor, columns: int, widths: list[int], protected: int) -> Tensor:
     """The inverse of `pack_order`: int64 [columns], protected columns first, then chunk by chunk."""
     bits = _order_bits(len(widths), protected)
-    if bits > 8:
-        chunk_of = packed.view(torch.int16).long()
-    else:
-        chunk_of = unpack(packed[None], columns, (bits, bits))[0].long()
+    chunk_of = (packed.view(torch.int16) if bits > 8 else unpack(packed[None], columns, (bits, bits))[0]).long()
     if protected:
         chunk_of = torch.where(chunk_of == len(widths), -1, chunk_of)
     sizes = torch.tensor([protected, *widths] if protected else widths)
@@ -219,43 +216,53 @@ def decode_offset(packed: Tensor, levels: int) -> Tensor:
 def dequantize(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor) -> Tensor:
     """The weight [rows, columns], float32, natural column order, that the stored tensors stand for.
 
-    order: the unpacked column order of the linear's group, int64 [columns].
+    order: the unpacked column order of the linear's group, int64 [columns]. The result is where the tensors are.
+    """
+    protected = layout.protected
+    parts, columns = [], [order[:protected]]
+    if protected:
+        parts.append((tensors["protected"].float() * tensors["protected_scales"].float()[:, None]).T)
+    for chunks, values in segments(layout, tensors):
+        width = values.shape[2]
+        if layout.actions[chunks[0]].rotated:
+            values = values @ rotation(width).to(values.device).T
+        parts.append(values.flatten(1))
+        starts = [protected + layout.starts[chunk] for chunk in chunks]
+        columns += [order[start : start + width] for start in starts]
+    return torch.cat(parts, 1).index_select(1, torch.argsort(torch.cat(columns)))
+
+
+def segments(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Runs of n chunks with one action and width, and their weights [rows, n, width], not yet rotated back.
+
+    In storage order, float32, where the tensors are.
     """
     rows = layout.linear.rows
-    result = torch.empty(rows, layout.linear.columns)
-    protected = layout.protected
-    if protected:
-        values = tensors["protected"].float() * tensors["protected_scales"].float()[:, None]
-        result[:, order[:protected]] = values.T
-    for chunk, columns in decode_chunks(layout, tensors):
-        start = protected + layout.starts[chunk]
-        width = layout.widths[chunk]
-        values = columns.T
-        if layout.actions[chunk].rotated:
-            values = values @ rotation(width).T
-        result[:, order[start : start + width]] = values
-    return result
+    coder = ScaleCoder(tensors["scale_grid"][0], tensors["scale_grid"][1], tensors["row_scales"])
+    place = scales = offsets = 0
+    for (name, width), run in groupby(layout.storage_order, lambda chunk: (layout.names[chunk], layout.widths[chunk])):
+        chunks = list(run)
+        count = len(chunks)
+        entry = layout.actions[chunks[0]]
+        size = _code_bytes(entry, rows, width) * count
+        values = entry.unscaled(tensors["codes"][place : place + size].view(count * width, -1), rows)
+        values = values.view(rows, count, width)
+        place += size
+        if entry.has_offset:
+            offset = decode_offset(tensors["offsets"][offsets : offsets + count], round(2**entry.bits))
+            values += offset.T[:, :, None]
+            offsets += count
+        if entry.has_scale:
+            codes = unpack(tensors["scales"][scales : scales + count], rows, (SCALE_BITS, SCALE_BITS))
+            values *= coder.decode(codes, tensors["chunk_scales"][chunks][:, None]).T[:, :, None]
+            scales += count
+        yield chunks, values
 
 
 def decode_chunks(layout: Layout, tensors: Mapping[str, Tensor]) -> list[tuple[int, Tensor]]:
     """Chunk index and decoded columns [width, rows], not yet rotated back, in storage order."""
-    rows = layout.linear.rows
-    coder = ScaleCoder(tensors["scale_grid"][0], tensors["scale_grid"][1], tensors["row_scales"])
-    result = []
-    place = scales = offsets = 0
-    for chunk in layout.storage_order:
-        entry, width = layout.actions[chunk], layout.widths[chunk]
-        length = 2 * rows if entry.name == "skip" else rows
-        size = _code_bytes(entry, rows, width)
-        codes = unpack(tensors["codes"][place : place + size].view(width, -1), length, entry.pattern)
-        place += size
-        scale, offset = torch.ones(rows), None
-        if entry.has_scale:
-            packed = unpack(tensors["scales"][scales : scales + 1], rows, (SCALE_BITS, SCALE_BITS))[0]
-            scale = coder.decode(packed, tensors["chunk_scales"][chunk])
-            scales += 1
-        if entry.has_offset:
-            offset = decode_offset(tensors["offsets"][offsets], round(2**entry.bits))
-            offsets += 1
-        result.append((chunk, entry.decode(codes, Fit(scale, offset))))
-    return result
+    return [
+        (chunk, values[:, index].T)
+        for chunks, values in segments(layout, tensors)
+        for index, chunk in enumerate(chunks)
+    ]

@@ -17,6 +17,7 @@ from windquant.errors import WindquantError
 from windquant.feedback import column_order, quantize_linear
 from windquant.packed import Layout
 from windquant.plan import Plan
+from windquant.progress import Progress
 from windquant.statistics import Covariance, Statistics, advance, owners, states
 from windquant.units import Linear, chunk_widths, protected_count
 
@@ -30,9 +31,10 @@ def run(task: step.Task, settings: Settings) -> None:
     plan = Plan.load(task.inputs["plan"])
     statistics = Statistics.load(task.inputs["statistics"])
     ids = calibration.load(task.inputs["calibration"]).calibration.long()
-    model = models.load(task.inputs["model"]).to(compute.device())
+    model = compute.move(models.load(task.inputs["model"]))
     layouts = layouts_of(plan, statistics.linears)
-    with task.progress(total=len(layouts), label="quantize") as progress:
+    progress: Progress[None] = task.progress(total=len(layouts), label="quantize")
+    with progress:
         tensors = quantize_model(model, layouts, plan.units.order, statistics, ids, settings.batch, progress.update)
     measured = checkpoint.write(task.output, model.cpu(), layouts, tensors, plan, task.inputs["model"])
     if measured.measured_bytes != plan.bytes:
@@ -52,7 +54,9 @@ def layouts_of(plan: Plan, linears: list[Linear]) -> dict[str, Layout]:
         names = plan.actions[linear.name]
         chunks = len(chunk_widths(linear.columns, protected_count(linear.columns, form.protected), form.chunk))
         if len(names) != chunks:
-            raise WindquantError(f"the plan has {len(names)} chunks for {linear.name}, which has {chunks}; make it again")
+            raise WindquantError(
+                f"the plan has {len(names)} chunks for {linear.name}, which has {chunks}; make it again"
+            )
         layouts[linear.name] = Layout(linear, tuple(names), form)
     return layouts
 
@@ -86,7 +90,7 @@ def quantize_model(
         for linear in linears:
             if linear.layer != index:
                 continue
-            weight = model.get_submodule(linear.name).weight
+            weight = model.get_parameter(f"{linear.name}.weight")
             result[linear.name], decoded = quantize_linear(
                 weight.float().cpu(),
                 orders[linear.group],

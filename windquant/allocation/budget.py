@@ -74,9 +74,10 @@ def ladder(bank: Bank) -> Choice:
 
 
 def fill(bank: Bank, choice: Choice, budget: int) -> Choice:
-    """Spend what `choice` [U] leaves of `budget` (bytes): again and again the upgrade with the most gain per byte that fits.
+    """Spend what `choice` [U] leaves of `budget` (bytes).
 
-    An upgrade may jump over actions. Deterministic (ties go to the earlier unit); O(U A log U).
+    Again and again the upgrade with the most gain per byte of all that fit; it may jump over actions. Deterministic:
+    ties go to the earlier unit. O(U A log U).
     """
     errors = prices(bank)
     choice = np.array(choice, dtype=np.int64)

@@ -1,6 +1,7 @@
 """What is known about a unit before any decision: features for the policy and for the loss model's corrections."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ def corrections(bank: Bank) -> tuple[list[str], NDArray[np.float64]]:
     place = geometry(bank)
     kind = np.eye(len(place.kinds))[place.kind]
     last = place.layer.max()
-    columns: list[tuple[str, NDArray[np.float64]]] = [
+    columns: list[tuple[str, NDArray[Any]]] = [
         *((f"kind {name}", 0.5 * kind[:, i]) for i, name in enumerate(place.kinds)),
         ("depth", 0.4 * place.depth),
         ("depth squared", 0.5 * (place.depth**2 - 1 / 3)),
@@ -84,14 +85,14 @@ def unit_features(bank: Bank) -> NDArray[np.float32]:
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
-def positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def positive(values: NDArray[Any]) -> NDArray[np.float64]:
     """`values` with zeros (and anything that is no number) replaced by the smallest positive one, for a logarithm."""
     good = np.isfinite(values) & (values > 0)
     floor = values[good].min() if good.any() else 1.0
     return np.where(good, values, floor)
 
 
-def standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def standard(values: NDArray[Any]) -> NDArray[np.float64]:
     """Mean 0, standard deviation 1, cut at 3; zeros where all values are equal."""
     spread = values.std()
     return np.clip((values - values.mean()) / spread, -3, 3) if spread > 1e-12 else np.zeros_like(values)

@@ -19,9 +19,7 @@ def allocate(bank: Bank, target_bits: float, seed: int = 0) -> Choice:
     return fill(bank, choice, budget)
 
 
-def solve(
-    errors: NDArray[np.float64], size: NDArray[np.int64], budget: int, lowest: Choice
-) -> tuple[Choice, float]:
+def solve(errors: NDArray[np.float64], size: NDArray[np.int64], budget: int, lowest: Choice) -> tuple[Choice, float]:
     """The plan [U] of the smallest price that fits into `budget` bytes, and that price (nats per byte).
 
     `errors` [U, A] in nats (inf: not available), `size` [U, A] in bytes, `lowest` [U] the cheapest plan (it fits).

@@ -5,10 +5,10 @@ teach. The model
 
     log measured = offset + power * log sum_u error[u, a_u] exp(phi_u w + v_a)
 
-multiplies the errors along a few directions (`features.corrections`: kind of linear, depth, saliency) and per action, and
-saturates as a whole (power < 1: errors overlap). With priors w ~ N(0, 1), v ~ N(0, 0.2^2), power ~ N(0.8, 0.2^2) the
-parameters are the most probable ones given all measurements (Levenberg-Marquardt, a few milliseconds), and their
-posterior (Laplace) tells what is still unknown. Without measurements the model is the bank's.
+multiplies the errors along a few directions (`features.corrections`: kind of linear, depth, saliency) and per action,
+and saturates as a whole (power < 1: errors overlap). With priors w ~ N(0, 1), v ~ N(0, 0.2^2), power ~ N(0.8, 0.2^2)
+the parameters are the most probable ones given all measurements (Levenberg-Marquardt, a few milliseconds), and their
+posterior (Laplace) tells what is still unknown. Without measurements the errors are the bank's.
 
 This is how a reward that comes once in thousands of decisions gets its credit: the end of an episode refits the model,
 and the model's corrected errors are what the single decisions are paid for.

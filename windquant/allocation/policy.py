@@ -2,9 +2,9 @@
 
     logits_a = -SHARPNESS (exp(m + log x_a) + y_a) + b_a
 
-x_a is action a's predicted error and y_a its cost, both in bits at the current price: with m = b = 0 this is the Lagrangian
-plan, softened. A small network that starts at zero learns from the unit's features m, by how much the bank misjudges
-the unit (a logarithm), and b, what it misjudges about single actions.
+x_a is action a's predicted error and y_a its cost, both in bits at the current price: with m = b = 0 this is the
+Lagrangian plan, softened. A small network that starts at zero learns from the unit's features m, the logarithm of the
+factor by which the bank misjudges the unit, and b, what it misjudges about single actions.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from torch import Tensor, nn
 
-from windquant.allocation.environment import Layout
+from windquant.allocation.walk import Layout
 
-SHARPNESS = 12.0  # logits per bit of reduced cost
+SHARPNESS = 12.0  # logits per bit of reduced cost: sampled plans are a few percent worse than the best actions
 GAIN = 5.0  # of the learned outputs: they move by tenths, the network's weights by hundredths
 
 
@@ -40,16 +40,16 @@ class Extractor(nn.Module):
 
 
 class CorrectedLagrangian(nn.Module):
-    """[N, hidden + observation] -> logits [N, A]."""
+    """[N, hidden + observation] -> logits [N, A].
+
+    What is learned is a linear function of the network's output and, directly, of the unit's own features, which come
+    first in the observation: most of what there is to learn is one number per kind of linear or direction.
+    """
 
     def __init__(self, hidden: int, layout: Layout) -> None:
         super().__init__()
         self.hidden, self.layout = hidden, layout
         self.head = nn.Linear(hidden + layout.unit, 1 + layout.actions)
-        self.silence()
-
-    def silence(self) -> None:
-        """Nothing learned yet: the Lagrangian plan."""
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -77,4 +77,5 @@ class AllocationPolicy(MaskableActorCriticPolicy):
         for module, gain in ((self.mlp_extractor, 2**0.5), (self.value_net, 1.0)):
             for part in module.modules():
                 self.init_weights(part, gain)
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
+        self.optimizer = self.optimizer_class(self.parameters(), **options)

@@ -9,8 +9,9 @@ corrected errors pay every decision (`environment.py`). The search goes round in
        plans that differ in what is still unknown, none of them far from the best.
     3. The loss model is refitted; PPO trains on the rewards in its errors.
 
-At the end the deterministic policy proposes plans in the same way for the evaluations that are left. The best *measured*
-plan wins; the Lagrangian plan is always the first that is measured, so nothing worse can come out (on the reward split).
+At the end the deterministic policy proposes plans in the same way for the evaluations that are left. The best
+*measured* plan wins; the Lagrangian plan is always the first that is measured, so nothing worse comes out, as far as
+the reward split can tell.
 
 The search's state is written after every update: a killed search goes on and ends with the same plan.
 """
@@ -27,14 +28,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from windquant.allocation import checkpoint, lagrangian
 from windquant.allocation.budget import Choice, fill, limit, prices, take
-from windquant.allocation.environment import AllocationVecEnv, Brief, Walk
+from windquant.allocation.environment import AllocationVecEnv
 from windquant.allocation.loss_model import LossModel
 from windquant.allocation.policy import AllocationPolicy
 from windquant.allocation.settings import SearchSettings
+from windquant.allocation.walk import Brief, Walk
 from windquant.bank import Bank
 
 UPDATES = 8  # of the policy per walk through all units
@@ -115,12 +118,12 @@ class Search:
         self.walked = 0  # finished walks (of n_envs episodes each)
         self.learned = self.model.weights  # the loss model that the policy was trained for last
         self.schedule = spread(round(TRAINING_SHARE * (settings.evaluations - 1)), self.walks)
-        self.stages = [target for target in settings.curriculum if target > target_bits]
+        self.stages = [target for target in settings.curriculum if target > target_bits and not plenty(bank, target)]
         self.key = identity(bank, target_bits, seed, settings)
 
     def run(self) -> Found:
         baseline = lagrangian.allocate(self.bank, self.target)
-        if (take(prices(self.bank), baseline) == prices(self.bank).min(axis=1)).all():
+        if plenty(self.bank, self.target):
             return Found(baseline, False, {"chosen": "lagrangian", "reason": "the budget takes the best of everything"})
         if self.settings.evaluations < 2:
             return Found(baseline, False, {"chosen": "lagrangian", "reason": "nothing to learn without measurements"})
@@ -183,11 +186,17 @@ class Search:
     # 2. measurements
 
     def finish(self, brief: Brief, choice: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Measure the first episodes of the finished walk [E, U]; the loss model hands their reward to the decisions."""
-        for plan in choice[: self.measurements()]:
-            self.trial(fill(self.bank, plan, self.budget), "sampled")
+        """Measure the first episodes of the finished walk [E, U], and pay them what their decisions were not yet paid.
+
+        The decisions were paid in the loss model's errors, so that is what the model did not foresee, [E] nats.
+        """
+        reward = np.zeros(len(choice))
+        for episode, plan in enumerate(choice[: self.measurements()]):
+            if self.trial(fill(self.bank, plan, self.budget), "sampled"):
+                foreseen = self.trials[-1].corrected
+                reward[episode] = foreseen - min(self.trials[-1].loss, 2 * foreseen)
         self.walked += 1
-        return np.zeros(len(choice))
+        return reward
 
     def left(self) -> int:
         return self.settings.evaluations - len(self.trials)
@@ -197,29 +206,26 @@ class Search:
         if any(np.array_equal(choice, trial.choice) for trial in self.trials):
             return False
         loss = self.measure_once(choice)
-        self.trials.append(
-            Trial(choice, loss, source, self.bank.predicted_loss(choice), self.model.predict(choice))
-        )
+        self.trials.append(Trial(choice, loss, source, self.bank.predicted_loss(choice), self.model.predict(choice)))
         self.model.add(choice, loss)
         return True
 
     def measure_once(self, choice: Choice) -> float:
         """The measured loss; a killed search finds it in a file."""
         name = hashlib.sha256(choice.astype("<i8").tobytes()).hexdigest()
-        record = self.cache / "measured.jsonl" if self.cache else None
+        record = self.cache / "measured.txt" if self.cache else None
         if record and record.exists():
-            for line in record.read_text().splitlines():
-                entry = json.loads(line) if line.endswith("}") else {}
-                if entry.get("key") == self.key and entry.get("plan") == name:
-                    return float(entry["loss"])
-        loss = float(self.measure(choice))
-        loss = loss if np.isfinite(loss) else np.inf
+            for key, plan, loss in (words for line in record.open() if len(words := line.split()) == 3):
+                if (key, plan) == (self.key, name):
+                    return float(loss)
+        measured = float(self.measure(choice))
+        measured = measured if np.isfinite(measured) else np.inf
         if record:
             with record.open("a") as file:
-                file.write(json.dumps({"key": self.key, "plan": name, "loss": repr(loss)}) + "\n")
-        return loss
+                file.write(f"\n{self.key} {name} {measured!r}\n")  # the first newline ends a line that a kill cut off
+        return measured
 
-    def propose(self, policy: AllocationPolicy) -> None:
+    def propose(self, policy: MaskableActorCriticPolicy) -> None:
         """Spend the evaluations that are left on plans of the deterministic policy."""
         idle = 0
         walk = Walk(self.bank, self.model)
@@ -276,7 +282,8 @@ class Search:
             groups.setdefault(group, {})[name] = value
         ppo.policy.load_state_dict(groups["policy"])
         checkpoint.restore_optimizer(ppo.policy.optimizer, groups.get("optimizer", {}))
-        trials = zip(groups["trial"]["choice"].numpy(), groups["trial"]["value"].tolist(), document["sources"], strict=True)
+        values = groups["trial"]["value"].tolist()
+        trials = zip(groups["trial"]["choice"].numpy(), values, document["sources"], strict=True)
         for choice, (loss, predicted, corrected), source in trials:
             self.trials.append(Trial(choice, loss, source, predicted, corrected))
             self.model.add(choice, loss)
@@ -318,23 +325,25 @@ class Search:
         return Found(chosen.choice, not usable, document)
 
 
+#: What stable-baselines3 logs, and what it is called here.
+CURVE = {
+    "reward": "reward",  # mean per decision, in bits of an average unit: 0 is the best under the hypothesis
+    "train/entropy_loss": "negative_entropy",
+    "train/policy_gradient_loss": "policy_loss",
+    "train/value_loss": "value_loss",
+    "train/explained_variance": "explained_variance",
+    "train/approx_kl": "approx_kl",
+}
+
+
 class CurveWriter(KVWriter):
     """Takes the learning curve from stable-baselines3's logger."""
-
-    NAMES = {
-        "reward": "reward",  # mean per decision, in bits of an average unit: 0 is the best under the hypothesis
-        "train/entropy_loss": "negative_entropy",
-        "train/policy_gradient_loss": "policy_loss",
-        "train/value_loss": "value_loss",
-        "train/explained_variance": "explained_variance",
-        "train/approx_kl": "approx_kl",
-    }
 
     def __init__(self, curve: list[dict[str, float]], report: Report) -> None:
         self.curve, self.report = curve, report
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        values = {name: round(float(key_values[key]), 6) for key, name in self.NAMES.items() if key in key_values}
+        values = {name: round(float(key_values[key]), 6) for key, name in CURVE.items() if key in key_values}
         self.curve.append(values)
         self.report(values, step)
 
@@ -342,7 +351,7 @@ class CurveWriter(KVWriter):
         pass
 
 
-def deterministic(policy: AllocationPolicy, walk: Walk) -> NDArray[np.int64]:
+def deterministic(policy: MaskableActorCriticPolicy, walk: Walk) -> NDArray[np.int64]:
     """The plans [E, U] of the policy's best actions, for a walk that has begun."""
     over = False
     while not over:
@@ -351,6 +360,12 @@ def deterministic(policy: AllocationPolicy, walk: Walk) -> NDArray[np.int64]:
             action = policy.get_distribution(observation, walk.mask()).get_actions(deterministic=True)
         _, over = walk.step(action.numpy())
     return walk.choice
+
+
+def plenty(bank: Bank, target_bits: float) -> bool:
+    """Whether the target pays for every unit's best action."""
+    errors = prices(bank)
+    return bool((take(errors, lagrangian.allocate(bank, target_bits)) == errors.min(axis=1)).all())
 
 
 def spread(total: int, places: int) -> list[int]:

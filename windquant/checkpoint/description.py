@@ -102,7 +102,9 @@ def layouts(description: Mapping[str, Any], where: object) -> dict[str, Layout]:
             for name, (layer, rows, columns, group, names) in description["linears"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WindquantError(f"{where}: quantization_config is damaged ({error!r}); quantize the model again") from error
+        raise WindquantError(
+            f"{where}: quantization_config is damaged ({error!r}); quantize the model again"
+        ) from error
     known = actions()
     for name, layout in found.items():
         if unknown := sorted(set(layout.names) - known.keys()):

@@ -165,6 +165,7 @@ def read(folder: Path) -> Packed:
     check(layouts, files)
     plan = Plan.load(folder / "plan.json")
     check_plan(layouts, plan, folder / "plan.json")
+    layouts = {name: layouts[name] for name in plan.actions}  # in model order, which config.json has lost
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in layouts}
     parameters = {}
     for file in files:
@@ -202,6 +203,8 @@ def measure(folder: Path) -> Measured:
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Layout]]:
     """config.json and the layouts in it."""
     path = folder / "config.json"
+    if not path.is_file():
+        raise WindquantError(f"{path}: missing; give the folder of a packed checkpoint")
     try:
         config = json.loads(path.read_text())
         quantization = config["quantization_config"]

@@ -59,7 +59,9 @@ class WindquantQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers' ba
     ) -> nn.Module:
         files = [Path(file) for file in checkpoint_files or ()]
         folder = files[0].parent if files else None
-        layouts = description.layouts(self.quantization_config.description, folder / "config.json" if folder else METHOD)
+        layouts = description.layouts(
+            self.quantization_config.description, folder / "config.json" if folder else METHOD
+        )
         if folder is not None:
             check(layouts, files)
             if (folder / "plan.json").is_file():  # save_pretrained and the Hub may leave it out

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from windquant import calibration, models, step
 from windquant.errors import WindquantError
+from windquant.progress import Progress
 
 POSITIONS = 256  # logits that are widened to float32 at a time
 
@@ -27,7 +28,9 @@ class Settings:
     windows: int = 16  # how many, evenly spread over the text (0 = all)
     batch: int = 1  # windows per forward pass
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, as stored on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: float32; as stored for a large model on a GPU
+    )
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ def run(task: step.Task, settings: Settings) -> None:
     texts = calibration.load(task.inputs["calibration"])
     ids = spread(texts.test, settings.windows)
     model = models.load_for(task.inputs["checkpoint"], settings.device, settings.dtype)
-    progress = task.progress(total=len(ids), label="perplexity")
-    with progress:
+    progress: Progress[int]
+    with task.progress(total=len(ids), label="perplexity") as progress:
         score = perplexity(model, ids, settings.batch, progress.update)
     if not math.isfinite(score.nll):
         raise WindquantError(f"{task.inputs['checkpoint']}: the model's loss on {texts.test_name} is not finite")
@@ -70,9 +73,7 @@ def spread(ids: Tensor, count: int) -> Tensor:
     return ids[torch.arange(count) * len(ids) // count]
 
 
-def perplexity(
-    model: nn.Module, ids: Tensor, batch: int = 1, update: Callable[[int], object] | None = None
-) -> Score:
+def perplexity(model: nn.Module, ids: Tensor, batch: int = 1, update: Callable[[int], object] | None = None) -> Score:
     """Score of token ids [n, length]; `update(k)` is called after every k windows."""
     windows = token_losses(model, ids, batch, update).mean(dim=1)
     nll = windows.mean().item()

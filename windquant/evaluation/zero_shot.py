@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,9 @@ class Settings:
     batch_size: int = 8  # requests per forward pass
     data_dir: str = ""  # folder of the tasks' files, where there is no Hub
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, as stored on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: float32; as stored for a large model on a GPU
+    )
 
 
 def run(task: step.Task, settings: Settings) -> None:
@@ -86,8 +89,7 @@ def load_tasks(files: dict[str, dict[str, Path]], scratch: Path) -> list[Any]:
     if all(name in EMBEDDED for name in files):
         definitions = {name: embedded.DEFINITIONS / f"{name}.yaml" for name in files}
     else:  # reading lm-eval's own thousands takes seconds
-        index = TaskManager(include_path=str(embedded.DEFINITIONS)).task_index
-        definitions = {name: Path(entry.yaml_path) for name, entry in index.items() if entry.yaml_path}
+        definitions = _definitions()
     for name, splits in files.items():
         if name not in definitions:
             raise WindquantError(f"evaluation.tasks: lm-eval has no task {name}")
@@ -108,6 +110,15 @@ def load_tasks(files: dict[str, dict[str, Path]], scratch: Path) -> list[Any]:
                 f"folder with {name}.<split>.jsonl in the columns of the Hub's data set"
             ) from error
     return loaded
+
+
+@cache
+def _definitions() -> dict[str, Path]:
+    """File of every task that lm-eval knows, and of ours."""
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager(include_path=str(embedded.DEFINITIONS)).task_index
+    return {name: Path(entry.yaml_path) for name, entry in index.items() if entry.yaml_path}
 
 
 def _local(splits: dict[str, Path], scratch: Path) -> dict[str, Any]:
@@ -132,10 +143,10 @@ def evaluate(
 
     `progress(total=, label=)` makes what shows how many requests are done (step.Task.progress).
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate as run_tasks
     from lm_eval.models.huggingface import HFLM
 
-    class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
+    class Harness(HFLM):
         def _loglikelihood_tokens(self, requests: list[Any], *_: Any, **options: Any) -> Any:
             options["disable_tqdm"] = True
             if progress is None:
@@ -151,10 +162,16 @@ def evaluate(
 
     if not tasks:
         return {}
-    harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    for task in tasks:
+        task.set_config(key="num_fewshot", value=0)
+    # Not `simple_evaluate`, which adds a report of the machine (pip list and more) that takes as long as small tasks.
     # One bootstrap iteration is none: the mean's standard error has a formula, and 0 would leave it out.
-    results: dict[str, Any] = simple_evaluate(
-        harness, tasks=list(tasks), num_fewshot=0, limit=limit or None, bootstrap_iters=1, log_samples=False
+    results: dict[str, Any] = run_tasks(
+        Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        {"tasks": {task.task_name: task for task in tasks}},
+        limit=limit or None,
+        bootstrap_iters=1,
+        log_samples=False,
     )
     return results
 

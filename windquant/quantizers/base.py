@@ -32,16 +32,32 @@ class Coded:
 class Treatment(Protocol):
     """How a width is reached. One instance per action; the registry is `windquant.quantizers.ACTIONS`."""
 
-    name: str  # of the action, e.g. "trellis-2"
-    bits: float  # nominal bits a weight
-    pattern: Pattern  # of the codes in storage
-    rotated: bool  # the chunk is rotated before it is fitted
-    has_scale: bool
-    has_offset: bool
+    @property
+    def name(self) -> str:
+        """Of the action, e.g. "trellis-2"."""
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits a weight."""
+
+    @property
+    def pattern(self) -> Pattern:
+        """Of the codes in storage."""
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the chunk is rotated before it is fitted."""
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether every row has a scale."""
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether every row has an offset."""
 
     def fit(self, chunk: Tensor, energy: Tensor) -> Fit:
         """Scale and offset of every row that minimize the error weighted by the channels' energy [width]."""
-        ...
 
     def encode(self, columns: Tensor, fit: Fit, importance: Tensor, feedback: Tensor) -> Coded:
         """Quantize with error feedback inside the chunk.
@@ -49,12 +65,12 @@ class Treatment(Protocol):
         columns [width, rows] is overwritten; importance [rows] weighs each row's squared error; feedback is the upper
         triangular U [width, width] of the chunk, H^-1 = U^T U.
         """
-        ...
 
     def decode(self, codes: Tensor, fit: Fit) -> Tensor:
-        """Codes uint8 [width, rows] -> weights [width, rows]."""
-        ...
+        """Codes uint8 [width, rows] -> weights [width, rows]: (level + offset) scale."""
+
+    def unscaled(self, packed: Tensor, rows: int) -> Tensor:
+        """Packed codes uint8 [columns, bytes], on any device -> float32 [rows, columns], before offset and scale."""
 
     def error(self, chunk: Tensor, energy: Tensor) -> Tensor:
         """Expected squared error of every row [rows], weighted by the channels' energy [width]."""
-        ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from windquant.quantizers.base import Coded, Fit
-from windquant.storage import Pattern
+from windquant.storage import Pattern, unpack_rows
 
 CLIPS = 12  # candidates between half and the whole range of a row
 ROUNDS = 2  # of codes and least squares for each candidate
@@ -60,7 +60,7 @@ class Scalar:
     def _least_squares(
         self, chunk: Tensor, level: Tensor, weights: Tensor, scale: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """min over s, o of sum_j weights_j (w_j - s (level_j + o))^2 for every row; keeps the old pair where singular."""
+        """min over s, o of sum_j weights_j (w_j - s (level_j + o))^2 in every row; the old pair where singular."""
         if not self.has_offset:
             square = (level.square() * weights).sum(1)
             slope = (chunk * level * weights).sum(1) / square
@@ -95,6 +95,9 @@ class Scalar:
     def decode(self, codes: Tensor, fit: Fit) -> Tensor:
         level = self._level(codes)
         return (level if fit.offset is None else level + fit.offset) * fit.scale
+
+    def unscaled(self, packed: Tensor, rows: int) -> Tensor:
+        return self._level(unpack_rows(packed, rows, self.pattern))
 
     def error(self, chunk: Tensor, energy: Tensor) -> Tensor:
         fit = self.fit(chunk, energy)

@@ -31,5 +31,8 @@ class Skip:
     def decode(self, codes: Tensor, fit: Fit) -> Tensor:
         return codes.contiguous().view(self.dtype).float()
 
+    def unscaled(self, packed: Tensor, rows: int) -> Tensor:
+        return packed.contiguous().view(self.dtype).T.float()
+
     def error(self, chunk: Tensor, energy: Tensor) -> Tensor:
         return torch.zeros(len(chunk))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from windquant.quantizers.base import Coded, Fit
-from windquant.storage import Pattern
+from windquant.storage import Pattern, windows
 
 #: Mean squared error on a unit Gaussian, measured by `python -m windquant.quantizers.distortion`, by (bits, window).
 DISTORTION = {
@@ -32,6 +32,9 @@ DISTORTION = {
     (3.0, 12): 0.0206,
     (4.0, 12): 0.0056,
 }
+#: Scale of the table in root mean squares, the best on a unit Gaussian: the fewer the bits, the closer to zero the
+#: best reproduction lies (its variance is 1 - distortion).
+SHRINK = {1.0: 0.88, 1.5: 0.97, 2.0: 1.0, 3.0: 1.04, 4.0: 1.05}
 SEED = 0x57494E44  # of the table's shuffle; part of the format
 
 
@@ -72,6 +75,21 @@ def states(codes: Tensor, pattern: Pattern, window: int, tile: int) -> Tensor:
     return result.view(width, -1)[:, :rows]
 
 
+def packed_states(packed: Tensor, rows: int, pattern: Pattern, window: int, tile: int) -> Tensor:
+    """`states` of codes that are still packed, uint8 [columns, bytes]: int32 [rows, columns], contiguous.
+
+    The bits of the stream lie in memory as the state shifts them in, so a state is a window on the bytes.
+    """
+    result = windows(packed, rows, pattern, (window, window))
+    bits = 0
+    for row in range(min(tile, rows)):  # at the start of a tile: what is left of the tile before goes
+        bits += pattern[row & 1]
+        if bits >= window:
+            break
+        result[row::tile].bitwise_and_(((1 << bits) - 1) << (window - bits))
+    return result
+
+
 @dataclass(frozen=True)
 class Trellis:
     name: str
@@ -84,8 +102,8 @@ class Trellis:
     has_offset: bool = False
 
     def fit(self, chunk: Tensor, energy: Tensor) -> Fit:
-        """The scale is the root mean square: the table has unit variance. The rotation has made energies alike."""
-        return Fit(chunk.square().mean(1).sqrt())
+        """The scale follows the root mean square: the table has unit variance. The rotation has made energies alike."""
+        return Fit(chunk.square().mean(1).sqrt() * SHRINK[float(self.bits)])
 
     def encode(self, columns: Tensor, fit: Fit, importance: Tensor, feedback: Tensor) -> Coded:
         from windquant.quantizers.viterbi import compiled
@@ -105,6 +123,11 @@ class Trellis:
     def decode(self, codes: Tensor, fit: Fit) -> Tensor:
         tile = tile_rows(codes.shape[1], self.tile)
         return table(self.window)[states(codes, self.pattern, self.window, tile)] * fit.scale
+
+    def unscaled(self, packed: Tensor, rows: int) -> Tensor:
+        values = table(self.window).to(packed.device)
+        found = packed_states(packed, rows, self.pattern, self.window, tile_rows(rows, self.tile))
+        return values.index_select(0, found.view(-1)).view(found.shape)
 
     def error(self, chunk: Tensor, energy: Tensor) -> Tensor:
         return chunk.square().sum(1) * energy.mean() * DISTORTION[self.bits, self.window]

@@ -52,7 +52,7 @@ def _stage(bits: int, window: int) -> Callable[..., None]:
                 error = value - table[branch * groups + group]
                 following[branch * groups + group] = best[group] + weight * (error * error)
 
-    return stage  # type: ignore[no-any-return]  # numba is untyped
+    return stage
 
 
 @lru_cache(maxsize=16)
@@ -140,4 +140,4 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
                         target[r] -= error[r] * factor
         return codes, decoded, errors
 
-    return quantize  # type: ignore[no-any-return]  # numba is untyped
+    return quantize

@@ -24,7 +24,7 @@ rule allocation:
         code=code("allocation"),
         lock=LOCK,
         seed=seed,
-        settings=settings("allocation"),
+        settings=search_settings,
     message:
         "allocation: {wildcards.allocator} plan for {wildcards.model} at {wildcards.bits} bits"
     shell:

@@ -55,6 +55,11 @@ def settings(step):
     return lambda wildcards: configuration.flags(resolved(wildcards.model), step)
 
 
+def search_settings(wildcards):
+    """The settings of the search, as flags; the baseline allocators have none."""
+    return settings("allocation")(wildcards) if wildcards.allocator == "ppo" else ""
+
+
 def seed(wildcards):
     return resolved(wildcards.model)["seed"]
 

@@ -46,5 +46,10 @@ use rule perplexity_original as perplexity with:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.log",
     benchmark:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
+    params:
+        code=code("evaluation.perplexity", "checkpoint.huggingface"),
+        lock=LOCK,
+        seed=seed,
+        settings=settings("perplexity"),
     message:
         "perplexity: {wildcards.model} at {wildcards.bits} bits ({wildcards.allocator}, {wildcards.stage})"

@@ -21,7 +21,7 @@ rule recovery:
         "../envs/windquant.yaml"
     threads: ALL_CORES
     params:
-        code=code("recovery"),
+        code=code("recovery", "checkpoint.huggingface"),
         lock=LOCK,
         seed=seed,
         settings=settings("recovery"),

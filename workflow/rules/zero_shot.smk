@@ -46,5 +46,10 @@ use rule zero_shot_original as zero_shot with:
         "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.log",
     benchmark:
         "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
+    params:
+        code=code("evaluation.zero_shot", "checkpoint.huggingface"),
+        lock=LOCK,
+        seed=seed,
+        settings=settings("zero_shot"),
     message:
         "zero_shot: {wildcards.model} at {wildcards.bits} bits ({wildcards.allocator}, {wildcards.stage})"

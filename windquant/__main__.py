@@ -1,0 +1,42 @@
+"""Commands for people: `python -m windquant <command> --help`.
+
+The steps of the workflow are modules of their own (`python -m windquant.recovery`). A command is a module with a
+function `main(arguments)`; a new one takes a line in COMMANDS.
+"""
+
+import importlib
+import sys
+
+from windquant.errors import WindquantError
+
+COMMANDS = {  # name: module, what it does
+    "inspect": ("windquant.checkpoint.inspection", "size, effective bits and plan of a packed checkpoint"),
+    "generate": ("windquant.checkpoint.generation", "continue a text with a model, token by token"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: python -m windquant <command> ...", "", *lines, "", "--help after a command says more."])
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the exit code is 2 for bad input, whose reason is one line on stderr."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(usage())
+        return 0
+    if not arguments or arguments[0] not in COMMANDS:
+        print(usage(), file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[arguments[0]]
+    try:
+        importlib.import_module(module).main(arguments[1:])
+    except WindquantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

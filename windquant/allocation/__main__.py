@@ -1,0 +1,73 @@
+"""Allocation: choose one action for every unit, so that the plan meets a target of effective bits.
+
+    python -m windquant.allocation --bank BANK --allocator lagrangian --target-bits 2.0 --output PLAN.json
+    python -m windquant.allocation --model DIR --calibration DIR --statistics FILE --bank BANK --output PLAN.json
+
+The allocator `ppo` measures plans on the model, so it needs all four inputs; the others need the bank only.
+"""
+
+from windquant import step
+from windquant.allocation import BASELINES
+from windquant.allocation.budget import Choice
+from windquant.allocation.settings import Settings
+from windquant.bank import Bank
+from windquant.errors import WindquantError
+from windquant.plan import Plan
+from windquant.progress import Progress
+from windquant.step import Task
+
+
+def run(task: Task, settings: Settings) -> None:
+    """Write the plan; note its shares, bits and losses."""
+    bank = Bank.load(task.inputs["bank"])
+    if settings.allocator == "ppo":
+        plan = learned(task, settings, bank)
+    else:
+        choice = BASELINES[settings.allocator](bank, settings.target_bits, task.seed)
+        plan = bank.plan(choice, allocator=settings.allocator, target_bits=settings.target_bits, seed=task.seed)
+        task.note("shares", bank.shares(choice))
+    plan.save(task.output)
+    task.artifact(task.output)
+    task.metrics({"effective_bits": plan.effective_bits, "predicted_loss": plan.predicted_loss})
+    task.note("effective_bits", plan.effective_bits)
+    task.note("predicted_loss", plan.predicted_loss)
+    task.note("fallback", plan.fallback)
+
+
+def learned(task: Task, settings: Settings, bank: Bank) -> Plan:
+    """The plan of the PPO search."""
+    missing = [name for name in ("model", "calibration", "statistics") if name not in task.inputs]
+    if missing:
+        raise WindquantError(f"allocator ppo measures plans on the model: give --{' and --'.join(missing)} too")
+    from windquant.allocation.ppo import search  # stable-baselines3 takes seconds
+    from windquant.measure import LossMeter
+
+    model, texts, statistics = (task.inputs[name] for name in ("model", "calibration", "statistics"))
+    meter = LossMeter(model, texts, statistics, bank, tokens=settings.reward_tokens)
+    progress: Progress[None] = task.progress(total=settings.evaluations, label="measured plans")
+    with progress:
+
+        def measure(choice: Choice) -> float:
+            loss = meter.loss_gap(choice)
+            progress.update(1)
+            return loss
+
+        found = search(bank, settings.target_bits, task.seed, settings, measure, task.cache, task.metrics)
+    task.note("shares", bank.shares(found.choice))
+    task.note("chosen", found.search["chosen"])
+    for name in ("lagrangian_loss", "loss", "evaluations"):
+        if name in found.search:
+            task.note(name, found.search[name])
+            task.metric(name, found.search[name])
+    return bank.plan(
+        found.choice,
+        allocator="ppo",
+        target_bits=settings.target_bits,
+        seed=task.seed,
+        fallback=found.fallback,
+        search=found.search,
+    )
+
+
+if __name__ == "__main__":
+    step.main("allocation", run, Settings, inputs=("model?", "calibration?", "statistics?", "bank"))

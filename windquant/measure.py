@@ -1,0 +1,87 @@
+"""Measure what a plan really costs: the loss of a stand-in for the quantized model on the reward split.
+
+Quantizing a model anew for every candidate would take a minute each. The error of a good quantizer looks like the
+test channel of rate-distortion theory instead: with relative error q a chunk c of row r becomes
+
+    w' = (1 - q) w + sqrt(q (1 - q)) rms_rc n,      n ~ N(0, 1), drawn once for all plans
+
+where q is the bank's error of the action relative to losing the chunk. Every plan meets the same noise, so that plans
+differ by what they do and not by luck.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from windquant import calibration, compute, models
+from windquant.bank import Bank
+from windquant.feedback import column_order
+from windquant.statistics import Statistics
+from windquant.units import protected_count
+
+
+class LossMeter:
+    """Holds the original weights and one draw of noise; about 4 bytes per weight beside the model."""
+
+    def __init__(
+        self, model: Path, calibration_set: Path, statistics: Path, bank: Bank, tokens: int = 4096, seed: int = 0
+    ) -> None:
+        dtype = torch.bfloat16 if compute.native_bfloat16() else torch.float32
+        self.bank = bank
+        self.model = compute.move(models.load(model, dtype))
+        reward = calibration.load(calibration_set).reward.long()
+        self.ids = reward[: max(1, tokens // reward.shape[1])].to(compute.device())
+        self.evaluations = 0
+        self._prepare(Statistics.load(statistics), seed)
+        self.original = self._loss()
+
+    def _prepare(self, statistics: Statistics, seed: int) -> None:
+        units = self.bank.units
+        self.relative = np.empty_like(self.bank.errors)  # [U, A], in [0, 1]
+        # by linear: its parameter, the original weight, noise of the same size, the unit of every column
+        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        generator = torch.Generator().manual_seed(seed)
+        for index, linear in enumerate(self.bank.linears):
+            parameter = self.model.get_parameter(f"{linear.name}.weight")
+            weight = parameter.detach().float().cpu()
+            energy = statistics.energy[linear.group]
+            protected = protected_count(linear.columns, units.protected)
+            order = column_order(energy, units.order, units.chunk, protected)
+            place = protected
+            noise = torch.randn(weight.shape, generator=generator)
+            unit_of = torch.full((linear.columns,), -1)
+            for unit in np.flatnonzero(self.bank.linear == index):
+                columns = order[place : place + self.bank.width[unit]]
+                place += len(columns)
+                unit_of[columns] = int(unit)
+                noise[:, columns] *= weight[:, columns].square().mean(1, keepdim=True).sqrt()
+                lost = 0.5 * (statistics.fisher[linear.name] @ weight[:, columns].square() @ energy[columns]).item()
+                self.relative[unit] = np.clip(self.bank.errors[unit] / max(lost, 1e-30), 0, 1)
+            device, dtype = parameter.device, parameter.dtype
+            self.parts.append((parameter, parameter.detach().clone(), noise.to(device, dtype), unit_of.to(device)))
+
+    @torch.no_grad()
+    def loss_gap(self, choice: NDArray[np.int64]) -> float:
+        """Loss of the plan `choice` [U] above the original's, nats per token; inf where it is not finite."""
+        chosen = self.relative[np.arange(len(choice)), choice]
+        relative = torch.from_numpy(np.append(chosen, 0.0)).float()  # the last one: protected columns, index -1
+        for parameter, weight, noise, unit_of in self.parts:
+            q = relative.to(unit_of.device)[unit_of]
+            keep, shake = (1 - q).to(weight.dtype), (q * (1 - q)).sqrt().to(weight.dtype)
+            parameter.copy_(torch.addcmul(weight * keep, noise, shake))
+        self.evaluations += 1
+        gap = self._loss() - self.original
+        return gap if np.isfinite(gap) else float("inf")
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        total = 0.0
+        for part in self.ids.split(8):
+            logits = self.model(input_ids=part, use_cache=False).logits[:, :-1]
+            for some, targets in zip(logits, part[:, 1:], strict=True):
+                total += F.cross_entropy(some.float(), targets, reduction="sum").item()
+        return total / self.ids[:, 1:].numel()

@@ -1,0 +1,272 @@
+"""Recover: codes and bits frozen, scales and norms tuned by distillation from the original model.
+
+    python -m windquant.recovery --model DIR --calibration DIR --checkpoint DIR --output DIR --steps 60
+
+Each step takes one window of the recovery split and lowers the KL divergence of the quantized model's next-token
+distribution from the original's. What is trained is one log-gain per row and chunk (end-to-end tuning of the scales
+alone, EfficientQAT arXiv 2407.11062) and the norms. Afterwards the gains are rounded to the grid of the stored scales,
+so that the checkpoint takes exactly as many bytes as before.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from windquant import atomic, calibration, checkpoint, compute, models, step
+from windquant.checkpoint.linear import PackedLinear
+from windquant.packed import SCALE_BITS, Layout, ScaleCoder
+from windquant.progress import Progress
+from windquant.storage import pack, unpack
+
+SAVE_EVERY = 20  # steps between two training checkpoints
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 100  # distillation steps of one window each; 0 leaves the quantized model as it is
+    gain_rate: float = 6e-3  # learning rate of the log-gains
+    norm_rate: float = 2e-3  # learning rate of the norms
+    warmup: int = 5  # steps until the full rate; it falls as a cosine from there
+
+
+def run(task: step.Task, settings: Settings) -> None:
+    packed = checkpoint.read(task.inputs["checkpoint"])
+    texts = calibration.load(task.inputs["calibration"])
+    teacher = compute.move(models.load(task.inputs["model"]))
+    student = compute.move(models.load(task.inputs["checkpoint"]))
+    gains, norms = trainable(student)
+    held_out = texts.reward.long()
+    before = divergence(student, teacher, held_out)
+    state = {name: value.detach().clone() for name, value in (gains | norms).items()}
+    distill(task, student, teacher, gains, norms, texts.recovery.long(), settings)
+    tensors = {}
+    for name, layout in packed.layouts.items():
+        tensors[name] = regain(layout, packed.tensors[name], gains[name].detach().cpu())
+        gains[name].data.copy_(stored_gain(layout, packed.tensors[name], tensors[name]))
+    after = divergence(student, teacher, held_out)
+    task.metrics({"divergence_before": before, "divergence_after": after}, None)
+    if not after < before:  # a diverged or useless tuning is dropped whole
+        tensors = {name: dict(entry) for name, entry in packed.tensors.items()}
+        for name, value in (gains | norms).items():
+            value.data.copy_(state[name])
+    task.note("divergence", {"before": before, "after": after, "kept": after < before})
+    for name, value in norms.items():
+        teacher.get_parameter(name).data.copy_(value.detach())
+    measured = checkpoint.write(task.output, teacher.cpu(), packed.layouts, tensors, packed.plan, task.inputs["model"])
+    if measured.measured_bytes != packed.plan.bytes:
+        raise RuntimeError(f"the checkpoint takes {measured.measured_bytes} bytes, the plan says {packed.plan.bytes}")
+    task.note("effective_bits", measured.effective_bits)
+    task.note("checkpoint_bits", measured.checkpoint_bits)
+    task.note("measured_bytes", measured.measured_bytes)
+
+
+class _Scaled(torch.autograd.Function):
+    """weight [rows, slots, chunk] * exp(gain [rows, slots]); keeps no more than the product for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
+        scaled = weight * gain.exp().to(weight.dtype)[..., None]
+        ctx.save_for_backward(scaled)
+        return scaled.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (scaled,) = ctx.saved_tensors
+        # d weight exp(g) / d g = weight exp(g)
+        return None, (gradients[0].view_as(scaled) * scaled).sum(-1, dtype=torch.float32)
+
+
+class _Slotted(torch.autograd.Function):
+    """x [..., columns] -> [..., slots * chunk]; the gradient goes the way back without adding anything up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return F.pad(x, (0, 1)).index_select(-1, slots)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(-1, ctx.saved_tensors[0]), None, None
+
+
+class GainLinear(nn.Module):
+    """A decoded linear with one trainable log-gain per row and chunk.
+
+    Columns stand in slots of `chunk` columns, in column order, so that gains and their gradients need no gather; the
+    protected columns take slots of their own, whose gain stays zero, and what is left of a slot holds zeros.
+    """
+
+    def __init__(self, packed: PackedLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        layout = packed.layout
+        rows, columns, chunk = layout.linear.rows, layout.linear.columns, layout.format.chunk
+        parts = list(packed.get_buffer("column_order").cpu().split([layout.protected, *layout.widths]))
+        parts = [*parts[0].split(chunk), *parts[1:]] if layout.protected else parts[1:]
+        slots = torch.stack([F.pad(part, (0, chunk - len(part)), value=columns) for part in parts])
+        weight = F.pad(packed.weight.float(), (0, 1))[:, slots]
+        self.fixed = len(slots) - len(layout.widths)  # slots of protected columns
+        self.register_buffer("weight", weight.to(dtype))
+        self.register_buffer("slots", slots.flatten().to(weight.device))  # column at each place; `columns` is empty
+        self.register_buffer("place", slots.flatten().argsort()[:columns].to(weight.device))  # of each column
+        self.bias = packed.bias
+        self.gain = nn.Parameter(torch.zeros(rows, len(layout.widths), device=weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = F.pad(self.gain, (self.fixed, 0))
+        slotted = _Slotted.apply(x, self.slots, self.place)
+        return F.linear(slotted, _Scaled.apply(self.weight, gain), self.bias)
+
+
+def trainable(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Log-gains by linear and norm weights by parameter name; the model's packed linears become GainLinears."""
+    dtype = torch.bfloat16 if compute.native_bfloat16() else torch.float32
+    gains: dict[str, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            parent, _, child = name.rpartition(".")
+            replacement = GainLinear(module, dtype)
+            setattr(model.get_submodule(parent), child, replacement)
+            gains[name] = replacement.gain
+    norms = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for key, value in module.named_parameters(recurse=False)
+    }
+    for value in norms.values():
+        value.requires_grad_(True)
+    return gains, norms
+
+
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of logits [..., vocabulary], mean over the positions, nats."""
+    return F.kl_div(
+        F.log_softmax(student.float().flatten(0, -2), -1),
+        F.log_softmax(teacher.float().flatten(0, -2), -1),
+        log_target=True,
+        reduction="batchmean",
+    )
+
+
+@torch.no_grad()
+def divergence(student: nn.Module, teacher: nn.Module, ids: Tensor) -> float:
+    """Mean KL divergence of the student from the teacher on ids [n, length]."""
+    total = 0.0
+    for part in ids.split(4):
+        part = part.to(compute.device())
+        with compute.autocast():
+            total += len(part) * kl_divergence(_logits(student, part), _logits(teacher, part)).item()
+    return total / len(ids)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def distill(
+    task: step.Task,
+    student: nn.Module,
+    teacher: nn.Module,
+    gains: Mapping[str, nn.Parameter],
+    norms: Mapping[str, nn.Parameter],
+    windows: Tensor,
+    settings: Settings,
+) -> None:
+    """Train gains and norms in place; goes on from the last training checkpoint in the task's cache."""
+    groups = [
+        {"params": list(gains.values()), "lr": settings.gain_rate},
+        {"params": list(norms.values()), "lr": settings.norm_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = {f"gain:{name}": value for name, value in gains.items()}
+    parameters |= {f"norm:{name}": value for name, value in norms.items()}
+    draw = torch.randperm(len(windows), generator=torch.Generator().manual_seed(task.seed))
+    first = _resume(task.cache, parameters, optimizer)
+    progress: Progress[None] = task.progress(total=settings.steps, label="recovery")
+    with progress:
+        progress.update(first)
+        for index in range(first, settings.steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(index, settings.steps, settings.warmup)
+            ids = windows[draw[index % len(draw)]][None].to(compute.device())
+            with compute.autocast():
+                with torch.no_grad():
+                    target = _logits(teacher, ids)
+                loss = kl_divergence(_logits(student, ids), target)
+            if not loss.isfinite():
+                break  # the check against the untuned model decides what is kept
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            task.metric("recovery_divergence", loss.item(), index)
+            progress.update(1)
+            if (index + 1) % SAVE_EVERY == 0:
+                _save(task.cache, index + 1, parameters, optimizer)
+
+
+def schedule(index: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then a cosine to zero."""
+    return min(1.0, (index + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * index / steps))
+
+
+def _save(folder: Path, done: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> None:
+    tensors = {f"value:{name}": value.detach() for name, value in parameters.items()}
+    for name, value in parameters.items():
+        tensors |= {f"{key}:{name}": entry for key, entry in optimizer.state[value].items()}
+    with atomic.output(folder / "state.safetensors") as path:
+        save_file(tensors, path, {"done": json.dumps(done)})
+
+
+def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> int:
+    """Number of steps that an interrupted run has done; its parameters and optimizer state are restored."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    for name, value in parameters.items():
+        value.data.copy_(tensors[f"value:{name}"])
+        optimizer.state[value] = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
+def regain(layout: Layout, tensors: Mapping[str, Tensor], gain: Tensor) -> dict[str, Tensor]:
+    """The stored tensors with log-gains [rows, chunks] rounded into the scales' codes."""
+    result = dict(tensors)
+    old = _scale_codes(layout, tensors)
+    step_size = tensors["scale_grid"][1].float() * math.log(2)
+    moved = (old + gain[:, _scaled(layout)].T / step_size).round().clamp(0, 2**SCALE_BITS - 1).to(torch.uint8)
+    result["scales"] = pack(moved, (SCALE_BITS, SCALE_BITS)) if len(moved) else tensors["scales"]
+    return result
+
+
+def stored_gain(layout: Layout, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
+    """The log-gains [rows, chunks] that the codes of `after` make on `before`."""
+    coder = ScaleCoder(after["scale_grid"][0], after["scale_grid"][1], after["row_scales"])
+    gain = torch.zeros(layout.linear.rows, len(layout.widths))
+    change = _scale_codes(layout, after) - _scale_codes(layout, before)
+    gain[:, _scaled(layout)] = change.T * coder.step.float() * math.log(2)
+    return gain
+
+
+def _scaled(layout: Layout) -> list[int]:
+    """The chunks that have scales, in storage order."""
+    return [chunk for chunk in layout.storage_order if layout.actions[chunk].has_scale]
+
+
+def _scale_codes(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
+    """float32 [chunks with scales, rows], in storage order."""
+    return unpack(tensors["scales"], layout.linear.rows, (SCALE_BITS, SCALE_BITS)).float()
+
+
+if __name__ == "__main__":
+    step.main("recovery", run, Settings, inputs=("model", "calibration", "checkpoint"))
