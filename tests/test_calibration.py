@@ -157,6 +157,16 @@ def test_jsonl_gives_one_document_a_line(tiny_model_folder: Path, text_file: Pat
     assert rows[0]["question"] + "\n" + rows[0]["answer"] in documents
 
 
+def test_a_file_without_blank_lines_has_one_document_a_line(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text(text_file.read_text().replace("\n\n", "\n"))
+    made = make(tiny_model_folder, tmp_path / "made", "--source", "file", "--path", str(path))
+    splits = json.loads((made / "info.json").read_text())["splits"]
+    assert len(splits["test"]["documents"]) > 30
+
+
 def test_whole_samples_are_beginnings_of_documents(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     flags = ("--source", "file", "--path", str(text_file), "--whole")
     made = make(tiny_model_folder, tmp_path / "made", *flags)

@@ -9,6 +9,7 @@ cloze.jsonl and next_sentence.jsonl (zero-shot records, where the evaluation tex
 import hashlib
 import json
 import random
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ OVERSAMPLING = 8
 @dataclass(frozen=True)
 class Settings:
     source: Literal["articles", "hub", "file"] = "articles"  # embedded Wikipedia articles, a Hub data set, a local file
-    path: str = ""  # text file, documents separated by blank lines, or .jsonl (source file)
+    # Documents of a text file are separated by blank lines; where it has none, each line is one.
+    path: str = ""  # text file, or .jsonl with one document a line (source file)
     dataset: str = "garage-bAInd/Open-Platypus"  # on the Hub (source hub)
     subset: str = ""  # of the data set (source hub)
     split: str = "train"  # of the data set (source hub)
@@ -56,8 +58,8 @@ class Settings:
     test_split: str = "test"  # of the data set (test_source hub)
     test_columns: tuple[str, ...] = ("text",)  # of the data set (test_source hub)
     context: int = 1024  # tokens of a test window
-    cloze_records: int = 160  # of the task made from held-out articles, or as many as they yield
-    next_sentence_records: int = 100  # likewise
+    cloze_records: int = 150  # of the task made from held-out articles, or as many as they yield
+    next_sentence_records: int = 75  # likewise
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,8 @@ def _documents(settings: Settings) -> list[Article]:
     if path.suffix == ".jsonl":
         texts = [_row_text(line, number, path, settings.columns) for number, line in enumerate(text.splitlines(), 1)]
     else:
-        texts = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
+        parts = re.split(r"\n\s*\n", text)
+        texts = [part.strip() for part in (parts if len(parts) > 1 else text.splitlines())]
     texts = list(dict.fromkeys(filter(None, texts)))  # a repeated document would be in two splits
     return [Article(f"document {index}", [text]) for index, text in enumerate(texts, 1)]
 

@@ -30,6 +30,6 @@ def native_bfloat16() -> bool:
 def autocast() -> AbstractContextManager[object]:
     """BF16 products with FP32 parameters for passes whose noise averages out: statistics, search and distillation.
 
-    Evaluation never runs under it.
+    Perplexity is never measured under it.
     """
     return torch.autocast(device().type, torch.bfloat16) if native_bfloat16() else nullcontext()

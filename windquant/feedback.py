@@ -72,7 +72,8 @@ def quantize_linear(
         if entry.rotated
     ]
     factor_u = factor(rotate(covariance[order][:, order], rotated))
-    work = weight[:, order].T.contiguous()  # [columns, rows]: a column is contiguous
+    # [columns, rows]: a column is contiguous, which `contiguous` does not bring about where there is one row only
+    work = weight[:, order].T.clone(memory_format=torch.contiguous_format)
     for start, width in rotated:
         work[start : start + width] = rotation(width).T @ work[start : start + width]
 

@@ -67,10 +67,18 @@ class Manifest:
             ) from error
 
 
+#: Snakemake leaves an empty file of this name in the folders that its rules make.
+SNAKEMAKE_MARK = ".snakemake_timestamp"
+
+
 def sha256(path: Path) -> str:
     """Digest of a file; of a folder, the digest of the sorted lines "<digest of file>  <relative path>"."""
     if path.is_dir():
-        files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+        files = sorted(
+            (file.relative_to(path).as_posix(), file)
+            for file in path.rglob("*")
+            if file.is_file() and file.name != SNAKEMAKE_MARK
+        )
         listing = "".join(f"{sha256(file)}  {name}\n" for name, file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     with path.open("rb") as file:

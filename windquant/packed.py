@@ -25,6 +25,7 @@ SCALE_BITS = 4
 ROW_STEP = 1 / 16  # of log2 of a row's scale
 STEPS = tuple(0.02 * 1.3**i for i in range(14))  # candidates for `step`, 0.02 to 0.6
 FLOOR = 2.0**-40  # of a scale: a row of zeros has one too
+DEAD = 2.0**-15  # of the largest scale: what is below (a row or block of zeros) has no say in what rows share
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,10 @@ class ScaleCoder:
     @classmethod
     def fit(cls, scales: Tensor) -> "ScaleCoder":
         """Rows and step for scales [rows, chunks] as they are expected."""
-        logs = scales.clamp_min(FLOOR).log2()
-        shared = logs.mean(1)
+        logs = torch.where(_alive(scales), scales.clamp_min(FLOOR).log2(), torch.nan)
+        shared = logs.nanmean(1)
+        shared = torch.where(shared.isnan(), shared.nan_to_num(torch.inf).min(), shared)
+        logs = torch.where(logs.isnan(), shared[:, None], logs)
         base = shared.min().half()
         rows = ((shared - base.float()) / ROW_STEP).round().clamp(0, 255).to(torch.uint8)
         rest = logs - base.float() - rows.float()[:, None] * ROW_STEP
@@ -190,7 +193,7 @@ class ScaleCoder:
     def encode(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Scale of one chunk [rows] -> codes uint8 [rows] and the chunk's share, an FP16 scalar."""
         rest = scale.clamp_min(FLOOR).log2() - self.row_logs
-        chunk = rest.median().half()
+        chunk = rest[_alive(scale)].median().half()
         step = self.step.float()
         codes = ((rest - chunk.float()) / step + 7.5).round().clamp(0, 15).to(torch.uint8)
         return codes, chunk
@@ -198,6 +201,11 @@ class ScaleCoder:
     def decode(self, codes: Tensor, chunk: Tensor) -> Tensor:
         """Scales [rows] of one chunk."""
         return torch.exp2(self.row_logs + chunk.float() + self.step.float() * (codes.float() - 7.5))
+
+
+def _alive(scales: Tensor) -> Tensor:
+    """Where a scale is one, and not that of zeros; all of them if there is nothing but zeros."""
+    return scales.clamp_min(FLOOR) >= DEAD * scales.max().clamp_min(FLOOR)
 
 
 def _snap(rest: Tensor, step: float) -> Tensor:
@@ -240,7 +248,7 @@ def segments(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[li
     rows = layout.linear.rows
     coder = ScaleCoder(tensors["scale_grid"][0], tensors["scale_grid"][1], tensors["row_scales"])
     place = scales = offsets = 0
-    for (name, width), run in groupby(layout.storage_order, lambda chunk: (layout.names[chunk], layout.widths[chunk])):
+    for (_, width), run in groupby(layout.storage_order, lambda chunk: (layout.names[chunk], layout.widths[chunk])):
         chunks = list(run)
         count = len(chunks)
         entry = layout.actions[chunks[0]]

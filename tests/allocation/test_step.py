@@ -59,3 +59,36 @@ def test_an_impossible_target_leaves_nothing_behind(
     assert stopped.value.code == 2
     assert "lowest possible target" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+def test_ppo_measures_a_real_model(
+    tmp_path: Path, tiny_model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step before it, and the search on what they made; twice with the same seed."""
+    from windquant import bank, calibration, statistics
+
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(tiny_model_folder)]
+    texts = (
+        f"--source file --path {text_file} --samples 4 --length 32 --reward-samples 2 --reward-length 32"
+        " --recovery-samples 2 --recovery-length 32 --context 32 --cloze-records 1 --next-sentence-records 1"
+        " --output texts"
+    )
+    step.main("calibration", calibration.run, calibration.Settings, ("model",), argv=[*model, *texts.split()])
+    common = [*model, "--calibration", "texts"]
+    arguments = [*common, "--output", "statistics.safetensors"]
+    step.main("statistics", statistics.run, statistics.Settings, ("model", "calibration"), argv=arguments)
+    arguments = [*model, "--statistics", "statistics.safetensors", "--chunk", "16", "--output", "bank.safetensors"]
+    step.main("bank", bank.run, bank.Settings, ("model", "statistics"), argv=arguments)
+    common += ["--statistics", "statistics.safetensors", "--bank", "bank.safetensors", "--target-bits", "4"]
+    common += "--episodes 8 --n-envs 4 --evaluations 5 --reward-tokens 64".split()
+    for name in ("first", "second"):
+        step.main("allocation", run, Settings, INPUTS, argv=[*common, "--output", f"{name}.json"])
+    assert Path("first.json").read_bytes() == Path("second.json").read_bytes()
+    plan = Plan.load(Path("first.json"))
+    assert plan.effective_bits <= 4
+    assert plan.search["evaluations"] == 5
+    assert plan.search["loss"] <= plan.search["lagrangian_loss"]
+    notes = json.loads(Path("first.json.manifest.json").read_text())["notes"]
+    assert notes["loss"] == plan.search["loss"]
+    assert list(Path(".cache").rglob("*.safetensors")) == []  # the search's state is gone

@@ -55,3 +55,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
         state.setdefault(int(index), {})[name] = value
     document["state"] = state
     optimizer.load_state_dict(document)
+
+
+def random_state() -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """The global generators that stable-baselines3 draws from: tensors, and what JSON can hold."""
+    name, numbers, *rest = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "numpy": torch.as_tensor(np.asarray(numbers, dtype=np.int64))}, [
+        name,
+        *rest,
+    ]
+
+
+def restore_random_state(numbers: dict[str, torch.Tensor], state: list[Any]) -> None:
+    """Inverse of `random_state`."""
+    name, *rest = state
+    np.random.set_state((name, numbers["numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(numbers["torch"])

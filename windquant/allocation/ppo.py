@@ -2,7 +2,7 @@
 
 A measurement of a plan's real loss costs seconds and is one number for thousands of decisions. So it does not pay them
 directly: it refits the *loss model* (`loss_model.py`: a few multipliers of the predicted errors), and the model's
-corrected errors pay every decision (`environment.py`). The search goes round in a loop:
+corrected errors pay every decision (`walk.py`). The search goes round in a loop:
 
     1. Episodes walk through all units; the policy starts as the Lagrangian plan (`policy.py`).
     2. A few of them, made under hypotheses drawn from the loss model's posterior (Thompson sampling), are measured:
@@ -18,7 +18,7 @@ The search's state is written after every update: a killed search goes on and en
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,14 +29,16 @@ import torch
 from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 
 from windquant.allocation import checkpoint, lagrangian
 from windquant.allocation.budget import Choice, fill, limit, prices, take
+from windquant.allocation.curve import CurveWriter, Report
 from windquant.allocation.environment import AllocationVecEnv
 from windquant.allocation.loss_model import LossModel
 from windquant.allocation.policy import AllocationPolicy
 from windquant.allocation.settings import SearchSettings
+from windquant.allocation.trials import Measure, Trial, Trials
 from windquant.allocation.walk import Brief, Walk
 from windquant.bank import Bank
 
@@ -46,9 +48,6 @@ GAE_LAMBDA = 0.5  # the shaped rewards are local: far rewards would add noise on
 TRAINING_SHARE = 2 / 3  # of the evaluations; the rest measures what the trained policy proposes
 ROUND = 3  # proposals that are measured before the loss model is refitted
 
-Measure = Callable[[Choice], float]
-Report = Callable[[dict[str, float], int], None]
-
 
 @dataclass(frozen=True)
 class Found:
@@ -57,17 +56,6 @@ class Found:
     choice: Choice
     fallback: bool  # the learned plans could not be used
     search: dict[str, Any]  # for the plan's file
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One measured plan."""
-
-    choice: Choice
-    loss: float  # nats per token, inf where it is not finite
-    source: str  # lagrangian, sampled or deterministic
-    predicted: float  # by the bank
-    corrected: float  # by the loss model as it was before the measurement
 
 
 def search(
@@ -108,11 +96,10 @@ class Search:
         report: Report | None,
     ) -> None:
         self.bank, self.target, self.seed, self.settings = bank, target_bits, seed, settings
-        self.measure, self.cache, self.report = measure, cache, report or (lambda values, update: None)
+        self.cache, self.report = cache, report or (lambda values, update: None)
         self.budget = limit(bank, target_bits)
         self.random = np.random.default_rng(seed)
         self.model = LossModel(bank)
-        self.trials: list[Trial] = []
         self.curve: list[dict[str, float]] = []
         self.walks = max(1, -(-settings.episodes // settings.n_envs))
         self.walked = 0  # finished walks (of n_envs episodes each)
@@ -120,6 +107,8 @@ class Search:
         self.schedule = spread(round(TRAINING_SHARE * (settings.evaluations - 1)), self.walks)
         self.stages = [target for target in settings.curriculum if target > target_bits and not plenty(bank, target)]
         self.key = identity(bank, target_bits, seed, settings)
+        record = cache / "measured.txt" if cache else None
+        self.trials = Trials(self.model, measure, settings.evaluations, record, self.key)
 
     def run(self) -> Found:
         baseline = lagrangian.allocate(self.bank, self.target)
@@ -130,7 +119,7 @@ class Search:
         env = AllocationVecEnv(Walk(self.bank, self.model), self.settings.n_envs, self.brief, self.finish)
         ppo = self.trainer(env)
         if not self.resume(ppo, env):
-            self.trial(baseline, "lagrangian")
+            self.trials.run(baseline, "lagrangian")
         steps = self.walks * len(self.bank.linear)
         for update in range(len(self.curve), -(-steps // ppo.n_steps)):
             self.save(ppo, env)
@@ -181,7 +170,7 @@ class Search:
     def measurements(self) -> int:
         """How many episodes of this walk are measured."""
         planned = self.schedule[self.walked] if self.walked < self.walks else 0
-        return min(planned, self.settings.n_envs, self.left())
+        return min(planned, self.settings.n_envs, self.trials.left)
 
     # 2. measurements
 
@@ -192,51 +181,22 @@ class Search:
         """
         reward = np.zeros(len(choice))
         for episode, plan in enumerate(choice[: self.measurements()]):
-            if self.trial(fill(self.bank, plan, self.budget), "sampled"):
-                foreseen = self.trials[-1].corrected
-                reward[episode] = foreseen - min(self.trials[-1].loss, 2 * foreseen)
+            if trial := self.trials.run(fill(self.bank, plan, self.budget), "sampled"):
+                reward[episode] = trial.corrected - min(trial.loss, 2 * trial.corrected)
         self.walked += 1
         return reward
-
-    def left(self) -> int:
-        return self.settings.evaluations - len(self.trials)
-
-    def trial(self, choice: Choice, source: str) -> bool:
-        """Measure a plan, unless it was measured before. Returns whether it was new."""
-        if any(np.array_equal(choice, trial.choice) for trial in self.trials):
-            return False
-        loss = self.measure_once(choice)
-        self.trials.append(Trial(choice, loss, source, self.bank.predicted_loss(choice), self.model.predict(choice)))
-        self.model.add(choice, loss)
-        return True
-
-    def measure_once(self, choice: Choice) -> float:
-        """The measured loss; a killed search finds it in a file."""
-        name = hashlib.sha256(choice.astype("<i8").tobytes()).hexdigest()
-        record = self.cache / "measured.txt" if self.cache else None
-        if record and record.exists():
-            for key, plan, loss in (words for line in record.open() if len(words := line.split()) == 3):
-                if (key, plan) == (self.key, name):
-                    return float(loss)
-        measured = float(self.measure(choice))
-        measured = measured if np.isfinite(measured) else np.inf
-        if record:
-            with record.open("a") as file:
-                file.write(f"\n{self.key} {name} {measured!r}\n")  # the first newline ends a line that a kill cut off
-        return measured
 
     def propose(self, policy: MaskableActorCriticPolicy) -> None:
         """Spend the evaluations that are left on plans of the deterministic policy."""
         idle = 0
         walk = Walk(self.bank, self.model)
-        while self.left() > 0 and idle < 3:
+        while self.trials.left > 0 and idle < 3:
             samples = [self.model.sample(self.random) for _ in range(ROUND - 1)]
             weights = np.stack([self.model.weights, *samples])
             walk.begin(Brief(np.full(len(weights), self.target), weights, weights - self.learned))
-            new = False
-            for plan in deterministic(policy, walk)[: self.left()]:
-                new |= self.trial(fill(self.bank, plan, self.budget), "deterministic")
-            idle = 0 if new else idle + 1
+            plans = deterministic(policy, walk)[: self.trials.left]
+            new = [self.trials.run(fill(self.bank, plan, self.budget), "deterministic") for plan in plans]
+            idle = 0 if any(new) else idle + 1
 
     # 3. state, result
 
@@ -244,17 +204,17 @@ class Search:
         """Write everything that the next update depends on."""
         if self.cache is None or ppo._last_obs is None:
             return
-        name, numbers, *rest = np.random.get_state()  # stable-baselines3 shuffles its minibatches with it
-        trials = {
-            "choice": np.stack([trial.choice for trial in self.trials]),
-            "value": np.array([[trial.loss, trial.predicted, trial.corrected] for trial in self.trials]),
-        }
+        done = self.trials.done
+        numbers, state = checkpoint.random_state()
         groups = {
             "policy": ppo.policy.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(ppo.policy.optimizer),
             "environment": env.state(),
-            "trial": trials,
-            "random": {"torch": torch.get_rng_state(), "numpy": np.asarray(numbers, dtype=np.int64)},
+            "trial": {
+                "choice": np.stack([trial.choice for trial in done]),
+                "value": np.array([[trial.loss, trial.predicted, trial.corrected] for trial in done]),
+            },
+            "random": numbers,
             "search": {"learned": self.learned},
         }
         tensors = {f"{group}/{key}": value for group, entries in groups.items() for key, value in entries.items()}
@@ -262,11 +222,11 @@ class Search:
             "key": self.key,
             "curve": self.curve,
             "walked": self.walked,
-            "sources": [trial.source for trial in self.trials],
+            "sources": [trial.source for trial in done],
             "timesteps": ppo.num_timesteps,
             "updates": ppo._n_updates,
             "random": self.random.bit_generator.state,
-            "numpy_random": [name, *rest],
+            "global_random": state,
         }
         checkpoint.save(self.cache / "search.safetensors", tensors, document)
 
@@ -285,8 +245,7 @@ class Search:
         values = groups["trial"]["value"].tolist()
         trials = zip(groups["trial"]["choice"].numpy(), values, document["sources"], strict=True)
         for choice, (loss, predicted, corrected), source in trials:
-            self.trials.append(Trial(choice, loss, source, predicted, corrected))
-            self.model.add(choice, loss)
+            self.trials.add(Trial(choice, loss, source, predicted, corrected))
         self.curve[:] = document["curve"]
         self.walked = document["walked"]
         self.learned = groups["search"]["learned"].numpy()
@@ -294,14 +253,12 @@ class Search:
         ppo._last_episode_starts = np.full(env.num_envs, env.walk.unit == 0)
         ppo.num_timesteps, ppo._n_updates = document["timesteps"], document["updates"]
         self.random.bit_generator.state = document["random"]
-        name, *rest = document["numpy_random"]
-        np.random.set_state((name, groups["random"]["numpy"].numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(groups["random"]["torch"])
+        checkpoint.restore_random_state(groups["random"], document["global_random"])
         return True
 
     def conclude(self) -> Found:
         """The best measured plan, and what the search saw."""
-        first, *learned = self.trials
+        first, *learned = self.trials.done
         best = min(learned, key=lambda trial: trial.loss, default=first)
         usable = np.isfinite(best.loss)
         chosen = best if best.loss < first.loss else first
@@ -311,9 +268,9 @@ class Search:
             "chosen": chosen.source,
             "lagrangian_loss": first.loss,
             "loss": chosen.loss,
-            "evaluations": len(self.trials),
+            "evaluations": len(self.trials.done),
             "episodes": self.walks * self.settings.n_envs,
-            "pairs": [[t.source, *(round(v, 6) for v in (t.predicted, t.corrected, t.loss))] for t in self.trials],
+            "pairs": [[t.source, *(round(v, 6) for v in (t.predicted, t.corrected, t.loss))] for t in self.trials.done],
             "corrections": {n: round(float(w), 4) for n, w in zip(self.model.names, self.model.weights, strict=False)},
             "action_factors": dict(zip(self.bank.actions, factors[split:].round(4).tolist(), strict=True)),
             "curve": self.curve,
@@ -323,32 +280,6 @@ class Search:
         elif chosen is first:
             document["reason"] = "no learned plan measured better than the Lagrangian one"
         return Found(chosen.choice, not usable, document)
-
-
-#: What stable-baselines3 logs, and what it is called here.
-CURVE = {
-    "reward": "reward",  # mean per decision, in bits of an average unit: 0 is the best under the hypothesis
-    "train/entropy_loss": "negative_entropy",
-    "train/policy_gradient_loss": "policy_loss",
-    "train/value_loss": "value_loss",
-    "train/explained_variance": "explained_variance",
-    "train/approx_kl": "approx_kl",
-}
-
-
-class CurveWriter(KVWriter):
-    """Takes the learning curve from stable-baselines3's logger."""
-
-    def __init__(self, curve: list[dict[str, float]], report: Report) -> None:
-        self.curve, self.report = curve, report
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        values = {name: round(float(key_values[key]), 6) for key, name in CURVE.items() if key in key_values}
-        self.curve.append(values)
-        self.report(values, step)
-
-    def close(self) -> None:
-        pass
 
 
 def deterministic(policy: MaskableActorCriticPolicy, walk: Walk) -> NDArray[np.int64]:

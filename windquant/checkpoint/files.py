@@ -57,10 +57,13 @@ class Packed:
 
     def order(self, name: str) -> Tensor:
         """Column order of a linear, int64 [columns]: that of its group's owner."""
-        owner = self.layouts[self.layouts[name].linear.group]
-        return unpack_order(
-            self.tensors[owner.linear.name]["order"], owner.linear.columns, owner.widths, owner.protected
-        )
+        owner = self.layouts[name].linear.group
+        return unpacked_order(self.layouts[owner], self.tensors[owner]["order"])
+
+
+def unpacked_order(layout: Layout, packed: Tensor) -> Tensor:
+    """`unpack_order` of a group's owner: int64 [columns], where the packed one is."""
+    return unpack_order(packed, layout.linear.columns, layout.widths, layout.protected)
 
 
 def write(
@@ -124,7 +127,7 @@ def _source_dtype(source: Path, otherwise: torch.dtype) -> torch.dtype:
 def _save(
     folder: Path, model: "PreTrainedModel", state: dict[str, Tensor], quantization: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """config.json, generation_config.json and the weights, as `save_pretrained` of the loaded checkpoint writes them."""
+    """config.json, generation_config.json and the weights, as a loaded checkpoint's `save_pretrained` writes them."""
     from transformers import GenerationConfig
 
     config, generation = model.config, model.generation_config
@@ -190,7 +193,7 @@ def measure(folder: Path) -> Measured:
         for name, entry in found.items()
         if name.rpartition(".")[0] in layouts and not name.endswith(".bias")
     }
-    measured = sum(entry.bytes for entry in packed.values())
+    measured = sum(entry.size for entry in packed.values())
     others = sum(torch.Size(entry.shape).numel() for name, entry in found.items() if name not in packed)
     return Measured(
         effective_bits=8 * measured / weights,
@@ -235,6 +238,12 @@ def check(layouts: Mapping[str, Layout], files: list[Path]) -> dict[str, Entry]:
             raise WindquantError(
                 f"{found[f'{name}.actions'].file}: the actions of {name} are not those of config.json; {AGAIN}"
             )
+        if layout.owner:
+            order = found[f"{name}.order"]
+            try:
+                unpacked_order(layout, torch.frombuffer(bytearray(order.raw()), dtype=torch.uint8))
+            except WindquantError as error:
+                raise WindquantError(f"{order.file}: {name}.order: {error}") from error
     return found
 
 

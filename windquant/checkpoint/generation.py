@@ -6,6 +6,7 @@ python -m windquant generate data/checkpoints/smollm2-135m_2.0bits.ppo/quantized
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from windquant.errors import WindquantError
 
@@ -36,7 +37,9 @@ def generate(folder: Path, text: str, tokens: int, temperature: float = 0.0, see
     from windquant.models import load_for, load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    model = load_for(folder)
+    model: Any = load_for(folder)  # transformers declares `generate` on a protocol of its own
+    if not model.can_generate():
+        raise WindquantError(f"{folder}: {type(model).__name__} does not generate text; give a causal language model")
     inputs = tokenizer(text, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise WindquantError("the text has no tokens; give one that has a word")

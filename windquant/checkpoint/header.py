@@ -26,7 +26,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype | None  # None: one that no checkpoint of ours has
     start: int  # first byte in the file
-    bytes: int
+    size: int  # in bytes
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
@@ -35,7 +35,7 @@ class Entry:
         """The tensor's bytes."""
         with self.file.open("rb") as file:
             file.seek(self.start)
-            return file.read(self.bytes)
+            return file.read(self.size)
 
 
 def entries(file: Path) -> dict[str, Entry]:
@@ -57,7 +57,7 @@ def entries(file: Path) -> dict[str, Entry]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WindquantError(damaged) from error
-    if size != max([first, *(entry.start + entry.bytes for entry in found.values())]):
+    if size != max([first, *(entry.start + entry.size for entry in found.values())]):
         raise WindquantError(damaged)
     return found
 

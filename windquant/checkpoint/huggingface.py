@@ -9,6 +9,7 @@ and decodes the weights. All checks happen before a tensor is read.
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -16,13 +17,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from windquant.checkpoint import description
 from windquant.checkpoint.description import METHOD
-from windquant.checkpoint.files import check, check_plan, stored
+from windquant.checkpoint.files import check, check_plan, stored, unpacked_order
 from windquant.checkpoint.linear import PackedLinear
 from windquant.errors import WindquantError
 from windquant.plan import Plan
 
 
-class WindquantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers' base is untyped
+class WindquantConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint (description.py), and how to load it.
 
     low_memory: keep only the packed tensors and decode each weight when it is used: slower, and the model takes
@@ -30,7 +31,7 @@ class WindquantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
     """
 
     def __init__(self, low_memory: bool = False, **description: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
         self.low_memory = low_memory
         self.description = {"quant_method": METHOD, **description}
 
@@ -42,7 +43,7 @@ class WindquantConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         return {"low_memory": self.low_memory}
 
 
-class WindquantQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers' base is untyped
+class WindquantQuantizer(HfQuantizer):
     """Loads packed checkpoints; it does not quantize (the steps do)."""
 
     requires_calibration = True  # a model that is not packed already is refused
@@ -63,7 +64,8 @@ class WindquantQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers' ba
             self.quantization_config.description, folder / "config.json" if folder else METHOD
         )
         if folder is not None:
-            check(layouts, files)
+            with torch.device("cpu"):  # transformers builds the model under torch.device("meta")
+                check(layouts, files)
             if (folder / "plan.json").is_file():  # save_pretrained and the Hub may leave it out
                 check_plan(layouts, Plan.load(folder / "plan.json"), folder / "plan.json")
         for name, layout in layouts.items():
@@ -89,7 +91,11 @@ class WindquantQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers' ba
                         f"{name}.{key} was offloaded or loaded as {tensor.dtype}; give a device_map that holds the "
                         "whole model, or load with low_memory=True on the CPU"
                     )
-        orders = {name: module.own_order() for name, module in packed.items() if module.layout.owner}
+        orders = {
+            name: unpacked_order(module.layout, module.get_buffer("order"))
+            for name, module in packed.items()
+            if module.layout.owner
+        }
         for module in packed.values():
             module.connect(orders[module.layout.linear.group].to(module.get_buffer("codes").device))
             if not self.quantization_config.low_memory:
@@ -118,4 +124,4 @@ def register() -> None:
         auto.register_quantization_config(METHOD)(WindquantConfig)
         auto.register_quantizer(METHOD)(WindquantQuantizer)
         # without it, an argument of from_pretrained gives way to config.json as a whole
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (WindquantConfig,)
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (WindquantConfig,)  # type: ignore[assignment]  # a longer tuple

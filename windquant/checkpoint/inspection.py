@@ -40,7 +40,8 @@ def report(folder: Path) -> str:
         layouts = {name: layouts[name] for name in plan.actions}  # in model order
         fallback = ", the fallback of a plan that could not be used" if plan.fallback else ""
         lines.append(
-            f"plan            {plan.model} by {plan.allocator}, target {plan.target_bits:g} bits, seed {plan.seed}{fallback}"
+            f"plan            {plan.model} by {plan.allocator}, target {plan.target_bits:g} bits, "
+            f"seed {plan.seed}{fallback}"
         )
     return "\n".join(
         [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from windquant.packed import Layout, dequantize, unpack_order
+from windquant.packed import Layout, dequantize
 
 
 class PackedLinear(nn.Module):
@@ -35,12 +35,6 @@ class PackedLinear(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: self.get_buffer(name) for name in self.layout.shapes()}
-
-    def own_order(self) -> Tensor:
-        """The unpacked column order of a group's owner."""
-        return unpack_order(
-            self.get_buffer("order"), self.layout.linear.columns, self.layout.widths, self.layout.protected
-        )
 
     def connect(self, order: Tensor) -> None:
         self.column_order = order

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from windquant import models, sources, step
+from windquant import compute, models, sources, step
 from windquant.errors import WindquantError
 from windquant.evaluation import tasks as embedded
 
@@ -152,10 +152,13 @@ def evaluate(
             if progress is None:
                 return super()._loglikelihood_tokens(requests, **options)
             with progress(total=len(requests), label="zero-shot requests") as self.bar:
-                return super()._loglikelihood_tokens(requests, **options)
+                answers = super()._loglikelihood_tokens(requests, **options)
+                self.bar.update(len(requests) - self.bar.done)  # answers of one token share a forward pass
+                return answers
 
         def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
-            logits: Tensor = super()._model_call(inps, **options)
+            with compute.autocast():  # answers are compared with each other: BF16 products are enough
+                logits: Tensor = super()._model_call(inps, **options)
             if progress is not None:
                 self.bar.update(len(inps))
             return logits

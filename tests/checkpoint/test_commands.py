@@ -1,0 +1,68 @@
+"""`python -m windquant`: inspect, generate, and what they say of bad input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.making import Made
+from windquant.__main__ import COMMANDS, main
+from windquant.checkpoint.inspection import table
+
+
+def test_inspect(whole: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(whole.folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("effective bits") and f"{whole.measured.effective_bits:.4f}" in line for line in lines)
+    assert any(f"{(whole.folder / 'model.safetensors').stat().st_size:,} bytes" in line for line in lines)
+    layers = next(place for place, line in enumerate(lines) if line.startswith("layer "))
+    assert lines[layers].split()[1:4] == ["q_proj", "k_proj", "v_proj"]
+    assert [line.split()[0] for line in lines[layers + 1 : layers + 4]] == ["0", "1", "all"]
+    assert lines[layers + 3].split()[-1] == f"{whole.measured.effective_bits:.2f}"
+    kinds = next(place for place, line in enumerate(lines) if line.startswith("kind "))
+    assert "trellis-1.5" in lines[kinds]
+    shares = [float(cell.rstrip("%")) for cell in lines[-1].split()[1:]]
+    assert sum(shares) == pytest.approx(100, abs=1)
+
+
+def test_generate_continues_the_text(whole: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for flags in ([], [], ["--temperature", "1", "--seed", "1"]):
+        assert main(["generate", str(whole.folder), "w7 w9", "--tokens", "5", *flags]) == 0
+        texts.append(capsys.readouterr().out)
+        assert texts[-1].startswith("w7 w9")
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["inspect", "{nowhere}"], "config.json: missing"),
+        (["inspect", "{source}"], "not the configuration of a windquant checkpoint"),
+        (["generate", "{nowhere}", "w1"], "no readable tokenizer"),
+        (["generate", "{folder}", "w1", "--tokens", "0"], "--tokens"),
+        (["generate", "{folder}", ""], "no tokens"),
+    ],
+)
+def test_bad_input_is_one_line(
+    whole: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], word: str
+) -> None:
+    places = {"nowhere": tmp_path / "nowhere", "source": whole.source, "folder": whole.folder}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert word in lines[0]
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == main(["what"]) == 2
+    text = capsys.readouterr().err
+    assert all(text.count(name) == 2 for name in COMMANDS)
+    done = subprocess.run([sys.executable, "-m", "windquant", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_table() -> None:
+    assert table([["a", "bits"], ["long", "2"]]) == "a     bits\nlong     2"

@@ -1,0 +1,126 @@
+"""Tiny models, random texts and the steps in a row, for the tests of the core.
+
+Everything stays small: window 8 and two trellis patterns, because numba compiles each pattern for seconds.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.checkpoint.making import tiny
+from windquant import bank, compute, statistics, step
+from windquant.decoder import quantizable
+from windquant.units import Linear
+
+WINDOW = 8
+#: From the cheapest width to the dearest, as in a bank's menu.
+NAMES = ["scalar-1", "scalar-1.5", "trellis-1.5", "scalar-2", "trellis-2", "scalar-3", "scalar-4", "scalar-8", "skip"]
+
+
+def family(name: str) -> PreTrainedModel:
+    """The tiny model of an architecture (tests/checkpoint/making.py), float32, without gradients."""
+    model: PreTrainedModel = tiny(name).float().requires_grad_(False)
+    # The padding token's embedding is zero: a norm turns the smallest change of that into anything.
+    embeddings = model.get_input_embeddings().weight
+    embeddings[0] = embeddings[1].flip(0)
+    return model
+
+
+def token_ids(count: int, length: int, seed: int = 0) -> Tensor:
+    """int64 [count, length], below every tiny model's vocabulary of 320."""
+    return torch.randint(320, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """No BF16 products, also where the processor has them: for comparisons with direct computations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compute, "native_bfloat16", lambda: False)
+        yield
+
+
+@contextmanager
+def inputs_of(model: nn.Module, linears: list[Linear]) -> Iterator[dict[str, Tensor]]:
+    """What the linears read in the model's own forward pass: float32 [tokens, columns] by name, batches in a row."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2).float()
+        seen[name] = torch.cat([seen[name], x]) if name in seen else x
+
+    handles = [
+        model.get_submodule(linear.name).register_forward_pre_hook(
+            lambda _, arguments, name=linear.name: keep(name, arguments[0])
+        )
+        for linear in linears
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def statistics_of(model: PreTrainedModel, ids: Tensor) -> statistics.Statistics:
+    """As the step makes them, in float32."""
+    linears = quantizable(model)
+    with in_float32():
+        energy, conditional = statistics.forward(model, linears, ids, 4, int)
+        fisher = statistics.backward(model, linears, ids, 4, int)
+    return statistics.Statistics(linears, energy, conditional, fisher)
+
+
+def save_calibration(folder: Path, seed: int = 0, length: int = 48) -> Path:
+    """The artifact of the calibration step with random tokens."""
+    folder.mkdir(parents=True)
+    counts = {"calibration": 6, "reward": 6, "recovery": 8, "test": 2}
+    windows = {
+        name: token_ids(count, length, seed + place).int() for place, (name, count) in enumerate(counts.items())
+    }
+    save_file(windows, folder / "tokens.safetensors")
+    (folder / "info.json").write_text(json.dumps({"test_name": "random"}))
+    return folder
+
+
+def run(module: ModuleType, output: Path, inputs: dict[str, Path], seed: int = 0, **settings: Any) -> dict[str, Any]:
+    """Run a step in this process, without its command line; returns its notes."""
+    task = step.Task(module.__name__, inputs, output, seed=seed)
+    module.run(task, module.Settings(**settings))
+    return task.notes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The artifacts in front of a plan."""
+
+    model: Path
+    calibration: Path
+    statistics: Path
+    bank: Path
+
+    def inputs(self, *names: str, **others: Path) -> dict[str, Path]:
+        return {name: getattr(self, name) for name in names} | others
+
+    def arguments(self, *names: str, **others: Path) -> list[str]:
+        """The same as flags of a command line."""
+        return [word for name, path in self.inputs(*names, **others).items() for word in (f"--{name}", str(path))]
+
+
+def prepare(folder: Path, model: Path, **settings: Any) -> Prepared:
+    """Calibration set, statistics and bank of a model; `settings` are the bank's."""
+    made = Prepared(model, folder / "calibration", folder / "statistics.safetensors", folder / "bank.safetensors")
+    save_calibration(made.calibration)
+    run(statistics, made.statistics, made.inputs("model", "calibration"))
+    chosen = {"chunk": 32, "protected": 0.03, "treatment": "scalar", "window": WINDOW} | settings
+    run(bank, made.bank, made.inputs("model", "statistics"), **chosen)
+    return made

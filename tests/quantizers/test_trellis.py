@@ -1,0 +1,115 @@
+"""The trellis: the reader's states are the search's, and the search finds the best path."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from windquant.quantizers import actions
+from windquant.quantizers.base import Fit
+from windquant.quantizers.trellis import DISTORTION, Trellis, packed_states, states, table, tile_rows
+from windquant.quantizers.viterbi import compiled
+from windquant.storage import Pattern, pack
+
+WINDOW = 8
+TRELLISES = [name for name in actions() if name.startswith("trellis")]
+
+
+def entry(name: str) -> Trellis:
+    found = actions(WINDOW)[name]
+    assert isinstance(found, Trellis)
+    return found
+
+
+@pytest.mark.parametrize("name", TRELLISES)
+@pytest.mark.parametrize("rows", [1, 7, 75, 512, 530, 1100])
+def test_decoding_gives_what_the_search_decided(name: str, rows: int) -> None:
+    found = entry(name)
+    generator = torch.Generator().manual_seed(rows)
+    columns = torch.randn(3, rows, generator=generator)
+    fit = Fit(torch.rand(rows, generator=generator) + 0.5)
+    coded = found.encode(columns, fit, torch.rand(rows, generator=generator) + 0.1, torch.eye(3))
+    assert torch.equal(found.decode(coded.codes, fit), coded.decoded)
+    tile = tile_rows(rows, found.tile)
+    reference = states(coded.codes, found.pattern, WINDOW, tile)
+    packed = pack(coded.codes, found.pattern)
+    assert torch.equal(packed_states(packed, rows, found.pattern, WINDOW, tile), reference.T)
+    assert torch.equal(found.unscaled(packed, rows), table(WINDOW)[reference].T)
+
+
+@pytest.mark.parametrize("pattern", [(1, 1), (1, 2), (2, 2), (3, 3), (4, 4)])
+@pytest.mark.parametrize("window", [4, 8, 10, 12])
+@pytest.mark.parametrize("tile", [2, 8, 14, 64])
+def test_states_are_the_last_bits_of_their_tile(pattern: Pattern, window: int, tile: int) -> None:
+    generator = torch.Generator().manual_seed(window * tile)
+    codes = torch.randint(0, 16, (2, 41), generator=generator, dtype=torch.uint8)
+    codes[:, ::2] %= 1 << pattern[0]
+    codes[:, 1::2] %= 1 << pattern[1]
+    found = states(codes, pattern, window, tile)
+    assert torch.equal(packed_states(pack(codes, pattern), 41, pattern, window, tile), found.T)
+    for column in range(2):
+        for row in range(41):
+            if row % tile == 0:
+                state = 0  # no start state is stored
+            bits = pattern[row & 1]
+            state = state >> bits | int(codes[column, row]) << window - bits
+            assert int(found[column, row]) == state
+
+
+@pytest.mark.parametrize("pattern", [(1, 2), (2, 2)])
+def test_the_search_is_optimal(pattern: Pattern) -> None:
+    """Against all code sequences of one column of six rows."""
+    window, rows = 4, 6
+    values = table(window).numpy()
+    widths = [pattern[row & 1] for row in range(rows)]
+    sequences = np.array(list(itertools.product(*(range(1 << width) for width in widths))), np.uint8)
+    paths = values[states(torch.from_numpy(sequences), pattern, window, rows).numpy()]
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        column = generator.normal(size=(1, rows)).astype(np.float32)
+        scales = generator.uniform(0.5, 2, rows).astype(np.float32)
+        weights = generator.uniform(0.1, 2, rows).astype(np.float32)
+        costs = (weights * (column / scales - paths) ** 2).sum(1)
+        codes, decoded, errors = compiled(*pattern, window)(
+            column.copy(), scales, weights, np.eye(1, dtype=np.float32), values, rows
+        )
+        cost = (weights * (column / scales - decoded / scales) ** 2).sum()
+        assert cost == pytest.approx(costs.min(), rel=1e-5)
+        assert codes[0].tolist() == sequences[costs.argmin()].tolist()
+        np.testing.assert_allclose(errors, column - decoded, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRELLISES)
+def test_the_bank_knows_the_distortion(name: str) -> None:
+    found = entry(name)
+    columns = torch.randn(24, 512, generator=torch.Generator().manual_seed(3))
+    coded = found.encode(columns.clone(), Fit(torch.ones(512)), torch.ones(512), torch.eye(24))
+    error = float((coded.decoded - columns).square().mean())
+    assert error == pytest.approx(DISTORTION[found.bits, WINDOW], rel=0.1)
+
+
+def test_the_table_has_unit_variance() -> None:
+    for window in (4, 8, 12):
+        values = table(window)
+        assert float(values.double().square().mean()) == pytest.approx(1, abs=1e-6)
+        assert float(values.double().mean()) == pytest.approx(0, abs=1e-6)
+        assert len(values.unique()) == 1 << window
+
+
+def test_tiles_are_even_and_equal() -> None:
+    for rows in range(1, 1200):
+        tile = tile_rows(rows, 512)
+        assert tile % 2 == 0
+        assert tile <= 512
+        assert -(-rows // tile) == -(-rows // 512), "no more streams than needed"
+
+
+def test_rows_that_weigh_more_err_less() -> None:
+    columns = torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
+    importance = torch.ones(64)
+    importance[::4] = 50
+    found = entry("trellis-1")
+    coded = found.encode(columns.clone(), Fit(torch.ones(64)), importance, torch.eye(8))
+    error = (coded.decoded - columns).square().mean(0)
+    assert error[::4].mean() < 0.6 * error[1::4].mean()

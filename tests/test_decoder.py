@@ -1,0 +1,124 @@
+"""The walk through the decoder layers against the model's own forward pass, for five architectures."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from tests.checkpoint.making import ARCHITECTURES
+from tests.families import family, token_ids
+from windquant.decoder import decoder_layers, embed, head, quantizable, run_layer, watch
+from windquant.errors import WindquantError
+
+
+def walk(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits by way of embed, run_layer and head."""
+    _, layers = decoder_layers(model)
+    hidden, calls = embed(model, ids)
+    for layer, call in zip(layers, calls, strict=True):
+        hidden = run_layer(layer, hidden, call)
+    return head(model, ids, hidden)
+
+
+@torch.no_grad()
+def check(model: PreTrainedModel) -> None:
+    ids = token_ids(2, 21)
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(walk(model, ids), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=0)
+    _, layers = decoder_layers(model)
+    assert not any("forward" in vars(layer) for layer in layers), "the layers have their own forward again"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layer_by_layer_equals_the_model(name: str) -> None:
+    check(family(name))
+
+
+def test_every_layer_gets_its_own_mask_and_positions() -> None:
+    config = Gemma3TextConfig(
+        vocab_size=320,
+        hidden_size=40,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(config).eval()
+    check(model)
+    _, calls = embed(model, token_ids(2, 21))
+    local, whole, again = (call.kwargs["attention_mask"] for call in calls)
+    assert torch.equal(local, again)
+    assert whole is None or not torch.equal(local, whole)
+    local, whole, again = (call.kwargs["position_embeddings"][0] for call in calls)
+    assert torch.equal(local, again)
+    assert not torch.equal(local, whole)
+
+
+def test_forwards_come_back_after_an_error() -> None:
+    model = family("llama")
+    with pytest.raises(IndexError):
+        embed(model, torch.full((1, 2), 320))  # no such token
+    check(model)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_linears_that_read_the_same_input_share_a_group(name: str) -> None:
+    model = family(name)
+    linears = quantizable(model)
+    kinds = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    assert [(linear.layer, linear.kind) for linear in linears] == [(layer, kind) for layer in (0, 1) for kind in kinds]
+    for linear in linears:
+        module = model.get_submodule(linear.name)
+        assert isinstance(module, nn.Linear)
+        assert tuple(module.weight.shape) == (linear.rows, linear.columns)
+        assert linear.name == f"model.layers.{linear.layer}.{linear.name.split('.')[3]}.{linear.kind}"
+    for layer in (0, 1):
+        groups: dict[str, list[str]] = {}
+        for linear in linears:
+            if linear.layer == layer:
+                groups.setdefault(linear.group, []).append(linear.kind)
+        assert {group.rsplit(".", 1)[1]: members for group, members in groups.items()} == {
+            "q_proj": ["q_proj", "k_proj", "v_proj"],
+            "o_proj": ["o_proj"],
+            "gate_proj": ["gate_proj", "up_proj"],
+            "down_proj": ["down_proj"],
+        }
+
+
+def test_a_linear_that_never_runs_has_a_group_of_its_own() -> None:
+    model = family("llama")
+    _, layers = decoder_layers(model)
+    for layer in layers:
+        layer.spare = nn.Linear(48, 8)
+    spare = [linear for linear in quantizable(model) if linear.kind == "spare"]
+    assert [linear.group for linear in spare] == ["model.layers.0.spare", "model.layers.1.spare"]
+
+
+def test_watch_sees_inputs_and_outputs_only_inside_the_block() -> None:
+    model = family("qwen2")
+    _, layers = decoder_layers(model)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        hidden, calls = embed(model, token_ids(1, 6))
+        with watch(layers[0], lambda name, x, out: seen.update({name: (x, out)})):
+            run_layer(layers[0], hidden, calls[0])
+        assert set(seen) == {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
+        for name, (x, out) in seen.items():
+            assert torch.equal(layers[0].get_submodule(name)(x), out)
+        seen.clear()
+        run_layer(layers[0], hidden, calls[0])
+    assert not seen
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=2, n_head=2))
+    with pytest.raises(WindquantError, match=r"GPT2LMHeadModel: .*nn\.Linear"):
+        quantizable(model)
