@@ -238,6 +238,15 @@ def test_degenerate_inputs_give_finite_results(names: str, case: str) -> None:
         assert decoded.abs().max() < 1e-6
 
 
+def test_skipped_chunks_have_no_say_in_the_scales() -> None:
+    """Rows of very unequal size: their scales must be stored as well as if there were no skipped chunk."""
+    weight, covariance = gaussian(ROWS, COLUMNS) * torch.logspace(0, 3, ROWS)[:, None], correlated()
+    _, decoded, order = quantized(weight, covariance, layout("scalar-8 skip skip"))
+    chunk = order[:CHUNK]
+    error = (decoded - weight)[:, chunk].abs().amax(1) / weight[:, chunk].abs().amax(1)
+    assert error.max() < 0.02
+
+
 @pytest.mark.parametrize("dead", ["rows", "most rows", "blocks"])
 @pytest.mark.parametrize("names", ["scalar-2", "trellis-2", "scalar-4", "scalar-8"])
 def test_zeros_do_not_hurt_the_rest(names: str, dead: str) -> None:

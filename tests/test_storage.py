@@ -23,7 +23,7 @@ def streams(draw: st.DrawFn, patterns: list[Pattern] = PATTERNS) -> tuple[Patter
     return pattern, codes
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(streams())
 def test_unpack_is_the_inverse_of_pack(stream: tuple[Pattern, Tensor]) -> None:
     pattern, codes = stream
@@ -37,7 +37,7 @@ def test_unpack_is_the_inverse_of_pack(stream: tuple[Pattern, Tensor]) -> None:
     assert torch.equal(unpack_rows(packed, rows, pattern), codes.T)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(streams([pattern for pattern in PATTERNS if pattern not in (TERNARY, (8, 8))]), st.integers(1, 17))
 def test_windows_are_the_last_bits_of_the_stream(stream: tuple[Pattern, Tensor], length: int) -> None:
     pattern, codes = stream

@@ -72,8 +72,7 @@ def quantize_linear(
         if entry.rotated
     ]
     factor_u = factor(rotate(covariance[order][:, order], rotated))
-    # [columns, rows]: a column is contiguous, which `contiguous` does not bring about where there is one row only
-    work = weight[:, order].T.clone(memory_format=torch.contiguous_format)
+    work = weight[:, order].T.contiguous()  # [columns, rows]: a column is contiguous
     for start, width in rotated:
         work[start : start + width] = rotation(width).T @ work[start : start + width]
 
@@ -86,8 +85,9 @@ def quantize_linear(
     fits = [
         entry.fit(work[protected + start : protected + start + width].T, energy[protected + start :][:width]).scale
         for start, width, entry in zip(starts, widths, layout.actions, strict=True)
+        if entry.has_scale
     ]
-    coder = ScaleCoder.fit(torch.stack(fits, 1))
+    coder = ScaleCoder.fit(torch.stack(fits or [torch.ones(layout.linear.rows)], 1))
     codes: list[Tensor] = []
     scales: list[Tensor] = []
     offsets: list[Tensor] = []

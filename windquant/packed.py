@@ -177,7 +177,7 @@ class ScaleCoder:
         """Rows and step for scales [rows, chunks] as they are expected."""
         logs = torch.where(_alive(scales), scales.clamp_min(FLOOR).log2(), torch.nan)
         shared = logs.nanmean(1)
-        shared = torch.where(shared.isnan(), shared.nan_to_num(torch.inf).min(), shared)
+        shared = shared.nan_to_num((DEAD * scales.max()).clamp_min(FLOOR).log2().item())
         logs = torch.where(logs.isnan(), shared[:, None], logs)
         base = shared.min().half()
         rows = ((shared - base.float()) / ROW_STEP).round().clamp(0, 255).to(torch.uint8)

@@ -36,9 +36,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Made
     folder = tmp_path_factory.mktemp("everything")
     made = {name: make(folder / name / "packed", folder / name / "original", name) for name in ARCHITECTURES}
     script = f"""
-import sys, torch
-import windquant
-assert "torch" in sys.modules and "transformers" not in sys.modules
+import torch, windquant
 from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -226,17 +224,14 @@ def test_tokenizer_and_card_are_there(whole: Made) -> None:
 
 
 REGISTERED = "assert 'windquant' in auto.AUTO_QUANTIZER_MAPPING"
-IMPORTS = {
+IMPORTS = {  # windquant first: see `everything`
     "windquant alone is light": "import windquant; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)",
-    "windquant first": f"import windquant, transformers.quantizers.auto as auto; {REGISTERED}",
     "transformers first": f"import transformers.quantizers.auto as auto, windquant; {REGISTERED}",
-    "windquant twice": (
+    "both twice": (
         "import importlib, windquant; importlib.reload(windquant)\n"
         f"import transformers.quantizers.auto as auto; {REGISTERED}\n"
-        "importlib.reload(windquant); from windquant.checkpoint.huggingface import register; register()"
-    ),
-    "transformers twice": (
-        f"import importlib, windquant, transformers.quantizers.auto as auto; importlib.reload(auto); {REGISTERED}"
+        "importlib.reload(windquant); from windquant.checkpoint.huggingface import register; register()\n"
+        f"importlib.reload(auto); {REGISTERED}"
     ),
 }
 

@@ -79,10 +79,16 @@ def test_another_budget_keeps_statistics_and_bank(finished: Path, snakemake: Sna
     assert jobs == {rule: n for rule, n in CHAIN.items() if rule not in {*shared, "zero_shot_original"}}
 
 
-def test_chunk_reruns_everything_after_the_calibration(finished: Path, snakemake: Snakemake) -> None:
+def test_chunk_reruns_the_bank_and_what_follows(finished: Path, snakemake: Snakemake) -> None:
     jobs = again(finished, snakemake, RESULT, "--config", "units={chunk: 8}")
-    assert jobs["statistics"] == jobs["bank"] == jobs["recovery"] == 1
+    assert {"bank", "allocation", "quantize", "recovery", "perplexity", "zero_shot", "result"} <= set(jobs)
     assert not {"model", "calibration", "perplexity_original", "zero_shot_original"} & set(jobs)
+
+
+def test_search_settings_rerun_the_plan_of_ppo_alone(finished: Path, snakemake: Snakemake) -> None:
+    jobs = again(finished, snakemake, RESULT, GREEDY, "--config", "search={episodes: 9}")
+    assert jobs["allocation"] == jobs["quantize"] == 1
+    assert "bank" not in jobs
 
 
 def test_evaluation_settings_rerun_evaluations_only(finished: Path, snakemake: Snakemake) -> None:
@@ -130,6 +136,6 @@ def test_bits_below_the_banks_lowest_are_refused(finished: Path, snakemake: Snak
     assert done.returncode == 1
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stdout
-    assert "1.0" in errors[0]
+    assert "lowest possible target" in errors[0]
     assert not (finished / target).exists()
     assert not (finished / f"data/plans/{MODEL}_1.0bits.greedy.json").exists()

@@ -25,14 +25,15 @@ class Skip:
         return Fit(torch.ones(len(chunk)))
 
     def encode(self, columns: Tensor, fit: Fit, importance: Tensor, feedback: Tensor) -> Coded:
-        kept = columns.to(self.dtype).contiguous()
-        return Coded(kept.view(torch.uint8), kept.float(), torch.zeros_like(columns))
+        kept = columns.to(self.dtype)
+        codes = kept.flatten().view(torch.uint8).view(len(columns), -1)  # a single row has no stride to view by
+        return Coded(codes, kept.float(), torch.zeros_like(columns))
 
     def decode(self, codes: Tensor, fit: Fit) -> Tensor:
         return codes.contiguous().view(self.dtype).float()
 
     def unscaled(self, packed: Tensor, rows: int) -> Tensor:
-        return packed.contiguous().view(self.dtype).T.float()
+        return packed.clone().view(self.dtype).T.float()  # the codes may begin at an odd byte
 
     def error(self, chunk: Tensor, energy: Tensor) -> Tensor:
         return torch.zeros(len(chunk))
