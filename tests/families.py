@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.checkpoint.making import tiny
-from windquant import bank, compute, statistics, step
+from windquant import bank, compute, models, statistics, step
 from windquant.decoder import quantizable
+from windquant.plan import Plan
 from windquant.units import Linear
 
 WINDOW = 8
@@ -39,6 +41,20 @@ def family(name: str) -> PreTrainedModel:
 def token_ids(count: int, length: int, seed: int = 0) -> Tensor:
     """int64 [count, length], below every tiny model's vocabulary of 320."""
     return torch.randint(320, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def own_text(model: PreTrainedModel, count: int, length: int, seed: int = 0) -> Tensor:
+    """int64 [count, length], sampled from the model: the only text that a random model knows something about.
+
+    On it the Fisher weights are the curvature of the loss, and what damages the weights raises the loss.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = token_ids(count, 1, seed)
+    for _ in range(length - 1):
+        following = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(following, 1, generator=generator)], 1)
+    return ids
 
 
 @contextmanager
@@ -80,15 +96,13 @@ def statistics_of(model: PreTrainedModel, ids: Tensor) -> statistics.Statistics:
     return statistics.Statistics(linears, energy, conditional, fisher)
 
 
-def save_calibration(folder: Path, seed: int = 0, length: int = 48) -> Path:
-    """The artifact of the calibration step with random tokens."""
+def save_calibration(folder: Path, ids: Tensor) -> Path:
+    """The artifact of the calibration step from ids [24, length]: its splits follow one another."""
     folder.mkdir(parents=True)
-    counts = {"calibration": 6, "reward": 6, "recovery": 8, "test": 2}
-    windows = {
-        name: token_ids(count, length, seed + place).int() for place, (name, count) in enumerate(counts.items())
-    }
+    names = ("calibration", "reward", "recovery", "test")
+    windows = {name: part.int().clone() for name, part in zip(names, ids.split([8, 6, 8, 2]), strict=True)}
     save_file(windows, folder / "tokens.safetensors")
-    (folder / "info.json").write_text(json.dumps({"test_name": "random"}))
+    (folder / "info.json").write_text(json.dumps({"test_name": "own"}))
     return folder
 
 
@@ -116,10 +130,17 @@ class Prepared:
         return [word for name, path in self.inputs(*names, **others).items() for word in (f"--{name}", str(path))]
 
 
+def uniform(prepared: Prepared, action: str) -> Plan:
+    """The plan that gives every unit the same action."""
+    found = bank.Bank.load(prepared.bank)
+    choice = np.full(len(found.linear), found.actions.index(action), np.int64)
+    return found.plan(choice, allocator="uniform", target_bits=16.5, seed=0)
+
+
 def prepare(folder: Path, model: Path, **settings: Any) -> Prepared:
     """Calibration set, statistics and bank of a model; `settings` are the bank's."""
     made = Prepared(model, folder / "calibration", folder / "statistics.safetensors", folder / "bank.safetensors")
-    save_calibration(made.calibration)
+    save_calibration(made.calibration, own_text(models.load(model), 24, 48))
     run(statistics, made.statistics, made.inputs("model", "calibration"))
     chosen = {"chunk": 32, "protected": 0.03, "treatment": "scalar", "window": WINDOW} | settings
     run(bank, made.bank, made.inputs("model", "statistics"), **chosen)

@@ -1,6 +1,7 @@
 """Error feedback: the algebra, that it helps, and inputs that break naive versions of it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_saliency_order(columns: int, protected: int) -> None:
     order = column_order(energy, "saliency", CHUNK, protected)
     assert sorted(order.tolist()) == list(range(columns))
     parts = order.split([protected, *chunk_widths(columns, protected, CHUNK)])
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         if len(part):
             assert energy[part].min() >= energy[following].max()
     for part in parts:
@@ -142,7 +143,7 @@ def test_more_bits_cost_less(treatment: str) -> None:
     names = [name for name in [*NAMES, "skip"] if name.startswith(treatment)]
     losses = [loss(weight, quantized(weight, covariance, layout(name))[1], covariance) for name in names]
     assert len(losses) > 1
-    assert all(dearer < 0.9 * cheaper for cheaper, dearer in zip(losses, losses[1:], strict=False)), losses
+    assert all(dearer < 0.9 * cheaper for cheaper, dearer in pairwise(losses)), losses
 
 
 @pytest.mark.parametrize("protected", [0.0, 0.04])

@@ -42,7 +42,9 @@ def test_a_person_can_compare_two_plans(tmp_path: Path) -> None:
     other = dataclasses.replace(PLAN, actions={**PLAN.actions, "model.layers.0.a": ["trellis-2", "scalar-4"]})
     other.save(tmp_path / "other.json")
     one, two = ((tmp_path / name).read_text().splitlines() for name in ("one.json", "other.json"))
-    changed = [(mine.strip(' ,"'), theirs.strip(' ,"')) for mine, theirs in zip(one, two, strict=True) if mine != theirs]
+    changed = [
+        (mine.strip(' ,"'), theirs.strip(' ,"')) for mine, theirs in zip(one, two, strict=True) if mine != theirs
+    ]
     assert changed == [("scalar-2", "scalar-4")]
 
 

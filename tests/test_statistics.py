@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from tests.families import family, in_float32, inputs_of, prepare, run, save_calibration, statistics_of, token_ids
+from tests.families import (
+    family,
+    in_float32,
+    inputs_of,
+    own_text,
+    prepare,
+    run,
+    save_calibration,
+    statistics_of,
+    token_ids,
+)
 from windquant import compute, statistics
 from windquant.decoder import quantizable
 from windquant.errors import WindquantError
@@ -44,8 +54,7 @@ def full_gradients(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor
         outputs[name] = out
 
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: keep(name, out))
-        for name in names
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: keep(name, out)) for name in names
     ]
     embedding = model.get_input_embeddings().weight.requires_grad_(True)
     logits = model(IDS).logits
@@ -106,8 +115,10 @@ def test_the_batch_changes_nothing() -> None:
     model = family("llama")
     linears = quantizable(model)
     with in_float32():
-        one, two = ((*statistics.forward(model, linears, IDS, n, int), statistics.backward(model, linears, IDS, n, int))
-                    for n in (1, 6))
+        one, two = (
+            [*statistics.forward(model, linears, IDS, n, int), statistics.backward(model, linears, IDS, n, int)]
+            for n in (1, 6)
+        )
     for part, other in zip(one, two, strict=True):
         for name, value in part.items():
             torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-6 * value.max().item())
@@ -128,29 +139,18 @@ def test_bfloat16_products_are_close_enough(monkeypatch: pytest.MonkeyPatch) -> 
     assert any(not torch.equal(value, exact.energy[name]) for name, value in energy.items()), "BF16 was really used"
 
 
-def sampled(model: PreTrainedModel, count: int, length: int) -> Tensor:
-    """Text of the model's own: on it the Fisher weights are the curvature of the loss, whatever the weights are."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.zeros(count, 1, dtype=torch.long)
-    with torch.no_grad():
-        for _ in range(length - 1):
-            following = model(ids).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(following, 1, generator=generator)], 1)
-    return ids
-
-
 @pytest.fixture(scope="module")
-def own_text() -> tuple[PreTrainedModel, Tensor, Statistics]:
+def known() -> tuple[PreTrainedModel, Tensor, Statistics]:
     model = family("llama")
-    ids = sampled(model, 24, 48)
+    ids = own_text(model, 24, 48)
     return model, ids, statistics_of(model, ids)
 
 
 @pytest.mark.parametrize("kind", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 def test_the_predicted_loss_increase_is_the_measured_one(
-    own_text: tuple[PreTrainedModel, Tensor, Statistics], kind: str
+    known: tuple[PreTrainedModel, Tensor, Statistics], kind: str
 ) -> None:
-    model, ids, found = own_text
+    model, ids, found = known
     linear = next(linear for linear in found.linears if linear.layer == 0 and linear.kind == kind)
     weight = model.get_parameter(f"{linear.name}.weight")
     original = weight.clone()
@@ -191,7 +191,7 @@ def test_covariance_is_the_mean_over_all_batches() -> None:
 
 
 def test_step_writes_what_load_reads(tiny_model_folder: Path, tmp_path: Path) -> None:
-    calibration = save_calibration(tmp_path / "calibration")
+    calibration = save_calibration(tmp_path / "calibration", token_ids(24, 40))
     path = tmp_path / "made.safetensors"
     notes = run(statistics, path, {"model": tiny_model_folder, "calibration": calibration}, batch=2, fisher_samples=2)
     found = Statistics.load(path)
@@ -205,7 +205,7 @@ def test_step_writes_what_load_reads(tiny_model_folder: Path, tmp_path: Path) ->
 
 
 def test_fisher_samples_leaves_the_energies_alone(tiny_model_folder: Path, tmp_path: Path) -> None:
-    inputs = {"model": tiny_model_folder, "calibration": save_calibration(tmp_path / "calibration")}
+    inputs = {"model": tiny_model_folder, "calibration": save_calibration(tmp_path / "calibration", token_ids(24, 40))}
     for samples in (1, 6):
         run(statistics, tmp_path / f"{samples}", inputs, fisher_samples=samples)
     few, all_of_them = (Statistics.load(tmp_path / name) for name in ("1", "6"))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from windquant import models, step
 from windquant.errors import WindquantError
@@ -31,7 +32,7 @@ from windquant.quantizers.rotation import rotation
 from windquant.statistics import Statistics
 from windquant.units import Linear, chunk_widths, protected_count
 
-FORMAT = "1"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -136,43 +137,37 @@ class Bank:
             name: np.ascontiguousarray(getattr(self, name))
             for name in ("linear", "position", "width", "energy", "errors", "bytes")
         }
-        metadata = {
+        document = {
             "format": FORMAT,
             "model": self.model,
-            "chunk": str(self.chunk),
-            "actions": json.dumps(self.actions),
-            "linears": json.dumps([asdict(linear) for linear in self.linears]),
-            "fixed_bytes": str(self.fixed_bytes),
-            "units": json.dumps(asdict(self.units)),
+            "chunk": self.chunk,
+            "actions": self.actions,
+            "linears": [asdict(linear) for linear in self.linears],
+            "fixed_bytes": self.fixed_bytes,
+            "units": asdict(self.units),
         }
-        save_file(arrays, path, metadata)
+        save_file(arrays, path, {"bank": json.dumps(document)})  # one key: safetensors shuffles several
 
     @classmethod
     def load(cls, path: Path) -> "Bank":
         try:
             with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
+                document = json.loads(file.metadata()["bank"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
+            if document.pop("format") != FORMAT:
+                raise WindquantError(f"{path}: bank of another version; delete it and run again")
+            linears = [Linear(**linear) for linear in document.pop("linears")]
+            return cls(**document | {"linears": linears, "units": Units(**document["units"])}, **arrays)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise WindquantError(f"{path}: not a readable bank ({error}); delete it and run again") from error
-        if metadata.get("format") != FORMAT:
-            raise WindquantError(f"{path}: bank of another version; delete it and run again")
-        return cls(
-            model=metadata["model"],
-            chunk=int(metadata["chunk"]),
-            actions=json.loads(metadata["actions"]),
-            linears=[Linear(**linear) for linear in json.loads(metadata["linears"])],
-            fixed_bytes=int(metadata["fixed_bytes"]),
-            units=Units(**json.loads(metadata["units"])),
-            **arrays,
-        )
 
 
 def run(task: step.Task, settings: Settings) -> None:
     statistics = Statistics.load(task.inputs["statistics"])
     model = models.load(task.inputs["model"])
-    original = torch.float16 if model.config.get_text_config().dtype == torch.float16 else torch.bfloat16
-    units = Units(settings.chunk, settings.protected, settings.window, settings.order, str(original).split(".")[1])
+    stored = AutoConfig.from_pretrained(task.inputs["model"], trust_remote_code=False, local_files_only=True)
+    original = "float16" if stored.get_text_config().dtype == torch.float16 else "bfloat16"  # not that of `model`
+    units = Units(settings.chunk, settings.protected, settings.window, settings.order, original)
     progress = task.progress(statistics.linears, label="bank")
     weights = ((linear, model.get_parameter(f"{linear.name}.weight")) for linear in progress)
     bank = make(task.inputs["model"].name, weights, statistics, units, menu(settings.treatment))

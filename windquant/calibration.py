@@ -46,7 +46,7 @@ class Settings:
     whole: bool = False  # a calibration sample is the beginning of one document, not a window of the joined documents
     samples: int = 64  # calibration samples
     length: int = 256  # tokens of a calibration sample
-    reward_samples: int = 16  # windows on which the search measures a plan
+    reward_samples: int = 32  # windows on which the search measures a plan
     reward_length: int = 256  # tokens of a reward window
     recovery_samples: int = 576  # windows that recovery may train on
     recovery_length: int = 512  # tokens of a recovery window

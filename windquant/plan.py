@@ -55,12 +55,14 @@ class Plan:
     def load(cls, path: Path) -> "Plan":
         try:
             document = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise WindquantError(f"{path}: not a readable plan ({error}); delete it and run again") from error
-        found = document.pop("format", None)
-        if found != FORMAT:
-            raise WindquantError(f"{path}: plan format {found}, this version reads {FORMAT}; delete it and run again")
-        return cls(**document | {"units": Units(**document["units"])})
+            found = document.pop("format", None)
+            if found != FORMAT:
+                raise WindquantError(
+                    f"{path}: plan format {found}, this version reads {FORMAT}; delete it and run again"
+                )
+            return cls(**document | {"units": Units(**document["units"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WindquantError(f"{path}: not a readable plan ({error!r}); delete it and run again") from error
 
     def shares(self) -> dict[str, float]:
         """Share of units per action (unweighted; see Bank.shares for the share of weights)."""

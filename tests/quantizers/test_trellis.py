@@ -84,7 +84,12 @@ def test_the_search_is_optimal(pattern: Pattern) -> None:
 def test_the_bank_knows_the_distortion(name: str) -> None:
     found = entry(name)
     columns = torch.randn(24, 512, generator=torch.Generator().manual_seed(3))
-    coded = found.encode(columns.clone(), Fit(torch.ones(512)), torch.ones(512), torch.eye(24))
+    fit = Fit(
+        found.fit(torch.randn(1, 10**5, generator=torch.Generator().manual_seed(4)), torch.ones(10**5)).scale.expand(
+            512
+        )
+    )
+    coded = found.encode(columns.clone(), fit, torch.ones(512), torch.eye(24))
     error = float((coded.decoded - columns).square().mean())
     assert error == pytest.approx(DISTORTION[found.bits, WINDOW], rel=0.1)
 

@@ -6,8 +6,12 @@
 The allocator `ppo` measures plans on the model, so it needs all four inputs; the others need the bank only.
 """
 
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
 from windquant import step
-from windquant.allocation import BASELINES
+from windquant.allocation import BASELINES, lagrangian
 from windquant.allocation.budget import Choice
 from windquant.allocation.settings import Settings
 from windquant.bank import Bank
@@ -15,6 +19,10 @@ from windquant.errors import WindquantError
 from windquant.plan import Plan
 from windquant.progress import Progress
 from windquant.step import Task
+
+if TYPE_CHECKING:
+    from windquant.allocation.ppo import Found
+    from windquant.measure import LossMeter
 
 
 def run(task: Task, settings: Settings) -> None:
@@ -53,20 +61,36 @@ def learned(task: Task, settings: Settings, bank: Bank) -> Plan:
             return loss
 
         found = search(bank, settings.target_bits, task.seed, settings, measure, task.cache, task.metrics)
-    task.note("shares", bank.shares(found.choice))
-    task.note("chosen", found.search["chosen"])
+    choice, document = confirmed(bank, settings.target_bits, meter, found)
+    task.note("shares", bank.shares(choice))
+    task.note("chosen", document["chosen"])
     for name in ("lagrangian_loss", "loss", "evaluations"):
-        if name in found.search:
-            task.note(name, found.search[name])
-            task.metric(name, found.search[name])
+        if name in document:
+            task.note(name, document[name])
+            task.metric(name, document[name])
     return bank.plan(
-        found.choice,
+        choice,
         allocator="ppo",
         target_bits=settings.target_bits,
         seed=task.seed,
         fallback=found.fallback,
-        search=found.search,
+        search=document,
     )
+
+
+def confirmed(bank: Bank, target_bits: float, meter: "LossMeter", found: "Found") -> tuple[Choice, dict[str, Any]]:
+    """The search's plan if it beats the Lagrangian one once both are really quantized, on other text; else that one."""
+    baseline = lagrangian.allocate(bank, target_bits)
+    if np.array_equal(found.choice, baseline):
+        return baseline, found.search
+    rivals = (("lagrangian", baseline), ("ppo", found.choice))
+    plans = [bank.plan(choice, allocator=name, target_bits=target_bits, seed=0) for name, choice in rivals]
+    standard, learned = meter.confirm(plans)
+    document = found.search | {"confirmed": {"lagrangian": standard, "learned": learned}}
+    if learned < standard:
+        return found.choice, document
+    reason = "the learned plan was not better once it was really quantized"
+    return baseline, document | {"chosen": "lagrangian", "reason": reason}
 
 
 if __name__ == "__main__":
