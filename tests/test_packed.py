@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
 from windquant.errors import WindquantError
@@ -32,6 +32,9 @@ from windquant.quantizers.base import Fit
 from windquant.quantizers.rotation import rotation
 from windquant.storage import unpack
 from windquant.units import Linear, chunk_widths, protected_count
+
+#: A busy machine may stop a test for seconds.
+quickly = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 WINDOW = 8
 WITHOUT_SEARCH = [name for name in actions() if not name.startswith("trellis")]
@@ -68,6 +71,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     return layout_of(draw(st.integers(1, 70)), columns, draw(st.integers(1, 40)), protected, names, draw(st.booleans()))
 
 
+@quickly
 @given(layouts())
 def test_bytes_are_known_before_anything_is_made(layout: Layout) -> None:
     units = [
@@ -77,7 +81,7 @@ def test_bytes_are_known_before_anything_is_made(layout: Layout) -> None:
     assert sum(layout.widths) + layout.protected == layout.linear.columns
 
 
-@settings(deadline=None, max_examples=30)
+@quickly
 @given(layouts(), st.integers(0, 1000))
 def test_tensors_have_the_shapes_and_bytes_of_the_layout(layout: Layout, seed: int) -> None:
     names = tuple(name if name in WITHOUT_SEARCH else "skip" for name in layout.names)  # the search takes longer
@@ -145,7 +149,7 @@ def test_chunks_lie_sorted_by_action() -> None:
     assert same == sorted(same)
 
 
-@settings(deadline=None, max_examples=50)
+@quickly
 @given(st.integers(1, 700), st.integers(1, 64), st.sampled_from([0.0, 0.03, 0.5]), st.integers(0, 10**6))
 def test_an_order_comes_back(columns: int, chunk: int, fraction: float, seed: int) -> None:
     protected = protected_count(columns, fraction)
@@ -178,7 +182,7 @@ def test_many_chunks_take_two_bytes_a_column() -> None:
     assert torch.equal(unpack_order(packed, 600, widths, 0), chunk_order(order, widths, 0))
 
 
-@settings(deadline=None, max_examples=50)
+@quickly
 @given(st.integers(1, 40), st.integers(1, 12), st.floats(0.001, 1.0), st.integers(0, 10**6))
 def test_scales_are_off_by_half_a_step_at_most(rows: int, chunks: int, spread: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
 from windquant.storage import TERNARY, Pattern, pack, stream_bytes, unpack, unpack_rows, windows
+
+#: A busy machine may stop a test for seconds.
+quickly = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 PATTERNS: list[Pattern] = [(1, 1), (1, 2), (2, 2), (3, 3), (4, 4), (8, 8), TERNARY]
 
@@ -23,7 +26,7 @@ def streams(draw: st.DrawFn, patterns: list[Pattern] = PATTERNS) -> tuple[Patter
     return pattern, codes
 
 
-@settings(deadline=None, max_examples=50)
+@quickly
 @given(streams())
 def test_unpack_is_the_inverse_of_pack(stream: tuple[Pattern, Tensor]) -> None:
     pattern, codes = stream
@@ -37,7 +40,7 @@ def test_unpack_is_the_inverse_of_pack(stream: tuple[Pattern, Tensor]) -> None:
     assert torch.equal(unpack_rows(packed, rows, pattern), codes.T)
 
 
-@settings(deadline=None, max_examples=50)
+@quickly
 @given(streams([pattern for pattern in PATTERNS if pattern not in (TERNARY, (8, 8))]), st.integers(1, 17))
 def test_windows_are_the_last_bits_of_the_stream(stream: tuple[Pattern, Tensor], length: int) -> None:
     pattern, codes = stream
@@ -67,6 +70,7 @@ def test_the_bytes_are_those_of_the_format(codes: list[int], pattern: Pattern, e
     assert pack(torch.tensor([codes], dtype=torch.uint8), pattern).tolist() == [expected]
 
 
+@quickly
 @given(st.sampled_from(PATTERNS), st.integers(1, 10_000))
 def test_less_than_a_byte_is_wasted(pattern: Pattern, rows: int) -> None:
     bits = rows * 1.6 if pattern == TERNARY else (rows + 1) // 2 * pattern[0] + rows // 2 * pattern[1]

@@ -101,7 +101,8 @@ class GainLinear(nn.Module):
     """A decoded linear with one trainable log-gain per row and chunk.
 
     Columns stand in slots of `chunk` columns, in column order, so that gains and their gradients need no gather; the
-    protected columns take slots of their own, whose gain stays zero, and what is left of a slot holds zeros.
+    protected columns take slots of their own, whose gain stays zero, as that of skipped chunks does, and what is left
+    of a slot holds zeros.
     """
 
     def __init__(self, packed: PackedLinear, dtype: torch.dtype) -> None:
@@ -117,10 +118,12 @@ class GainLinear(nn.Module):
         self.register_buffer("slots", slots.flatten().to(weight.device))  # column at each place; `columns` is empty
         self.register_buffer("place", slots.flatten().argsort()[:columns].to(weight.device))  # of each column
         self.bias = packed.bias
+        scaled = torch.tensor([entry.has_scale for entry in layout.actions])
+        self.register_buffer("scaled", scaled.float().to(weight.device))  # skipped chunks have no scale to tune
         self.gain = nn.Parameter(torch.zeros(rows, len(layout.widths), device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = F.pad(self.gain, (self.fixed, 0))
+        gain = F.pad(self.gain * self.get_buffer("scaled"), (self.fixed, 0))
         slotted = _Slotted.apply(x, self.slots, self.place)
         return F.linear(slotted, _Scaled.apply(self.weight, gain), self.bias)
 
@@ -235,7 +238,8 @@ def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.opt
     tensors = load_file(path)
     for name, value in parameters.items():
         value.data.copy_(tensors[f"value:{name}"])
-        optimizer.state[value] = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        moments = {key: tensors[f"{key}:{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[value] = {"step": tensors[f"step:{name}"], **moments}  # Adam counts on the CPU
     return int(next(iter(optimizer.state.values()))["step"])
 
 

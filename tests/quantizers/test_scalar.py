@@ -42,7 +42,6 @@ def test_one_bit_is_the_mean_and_the_mean_distance() -> None:
     distance = (chunk - mean).abs().mean(1)
     best = torch.where(chunk > mean, mean + distance[:, None], mean - distance[:, None])
     ours, theirs = ((chunk - result).square().mean(1) for result in (decoded, best))
-    print(ours.mean() / theirs.mean(), (ours / theirs).max())
     assert ours.mean() <= theirs.mean()
     torch.testing.assert_close(fit.scale.mean(), 2 * distance.mean(), rtol=0.05, atol=0.0)
 

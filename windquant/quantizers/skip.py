@@ -25,15 +25,16 @@ class Skip:
         return Fit(torch.ones(len(chunk)))
 
     def encode(self, columns: Tensor, fit: Fit, importance: Tensor, feedback: Tensor) -> Coded:
-        kept = columns.to(self.dtype)
-        codes = kept.flatten().view(torch.uint8).view(len(columns), -1)  # a single row has no stride to view by
-        return Coded(codes, kept.float(), torch.zeros_like(columns))
+        # A clone has the strides of its shape; `contiguous` may leave others along a dimension of one.
+        kept = columns.to(self.dtype).clone(memory_format=torch.contiguous_format)
+        return Coded(kept.view(torch.uint8), kept.float(), torch.zeros_like(columns))
 
     def decode(self, codes: Tensor, fit: Fit) -> Tensor:
         return codes.contiguous().view(self.dtype).float()
 
     def unscaled(self, packed: Tensor, rows: int) -> Tensor:
-        return packed.clone().view(self.dtype).T.float()  # the codes may begin at an odd byte
+        codes = packed.clone(memory_format=torch.contiguous_format)  # they may begin at an odd byte
+        return codes.view(self.dtype).T.float()
 
     def error(self, chunk: Tensor, energy: Tensor) -> Tensor:
         return torch.zeros(len(chunk))

@@ -22,37 +22,71 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def _stage(bits: int, window: int) -> Callable[..., None]:
-    """One place of the search. The loop bounds are constants of the closure: only then does LLVM vectorize it."""
-    branches = 1 << bits
-    groups = 1 << (window - bits)
-
-    @numba.njit(boundscheck=False, inline="always")
-    def stage(
-        value: np.float32,
-        weight: np.float32,
-        table: NDArray[np.float32],
-        cost: NDArray[np.float32],
-        following: NDArray[np.float32],
-        best: NDArray[np.float32],
-        came: NDArray[np.uint8],
-    ) -> None:
+@numba.njit(boundscheck=False, inline="always")
+def _stage(
+    branches: int,
+    groups: int,
+    value: np.float32,
+    weight: np.float32,
+    table: NDArray[np.float32],
+    cost: NDArray[np.float32],
+    following: NDArray[np.float32],
+    best: NDArray[np.float32],
+    came: NDArray[np.uint8],
+) -> None:
+    """One place of the search. Inlined with constant bounds (they are constants of the closure in `compiled`): only
+    then does LLVM vectorize it; and as a global function it leaves the closure nothing that numba cannot cache."""
+    for group in range(groups):
+        lowest = cost[branches * group]
+        oldest = np.uint8(0)
+        for branch in range(1, branches):
+            candidate = cost[branches * group + branch]
+            if candidate < lowest:
+                lowest = candidate
+                oldest = np.uint8(branch)
+        best[group] = lowest
+        came[group] = oldest
+    for branch in range(branches):
         for group in range(groups):
-            lowest = cost[branches * group]
-            oldest = np.uint8(0)
-            for branch in range(1, branches):
-                candidate = cost[branches * group + branch]
-                if candidate < lowest:
-                    lowest = candidate
-                    oldest = np.uint8(branch)
-            best[group] = lowest
-            came[group] = oldest
-        for branch in range(branches):
-            for group in range(groups):
-                error = value - table[branch * groups + group]
-                following[branch * groups + group] = best[group] + weight * (error * error)
+            error = value - table[branch * groups + group]
+            following[branch * groups + group] = best[group] + weight * (error * error)
 
-    return stage
+
+@numba.njit(boundscheck=False, inline="always")
+def _search(
+    even: int,
+    odd: int,
+    window: int,
+    values: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    table: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    decoded: NDArray[np.float32],
+    previous: NDArray[np.uint8],
+    cost: NDArray[np.float32],
+    following: NDArray[np.float32],
+    best: NDArray[np.float32],
+) -> None:
+    """The best path of one stream: its codes and decoded values."""
+    length = len(values)
+    cost[:] = np.inf
+    cost[0] = 0
+    for place in range(length):
+        if place & 1:
+            branches, groups = 1 << odd, 1 << (window - odd)
+            _stage(branches, groups, values[place], weights[place], table, cost, following, best, previous[place])
+        else:
+            branches, groups = 1 << even, 1 << (window - even)
+            _stage(branches, groups, values[place], weights[place], table, cost, following, best, previous[place])
+        cost, following = following, cost
+    state = np.argmin(cost)
+    for place in range(length - 1, -1, -1):
+        bits = odd if place & 1 else even
+        groups = 1 << (window - bits)
+        codes[place] = state // groups
+        decoded[place] = table[state]
+        group = state % groups
+        state = (group << bits) + np.int64(previous[place, group])
 
 
 @lru_cache(maxsize=16)
@@ -65,38 +99,7 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
     table: [2^window]; tile: rows per stream. It returns codes uint8 [width, rows], the decoded weights [width, rows]
     and the errors (w - q) / U_ii [width, rows].
     """
-    even_stage, odd_stage = _stage(even, window), _stage(odd, window)
     states = 1 << window
-
-    @numba.njit(boundscheck=False)
-    def search(
-        values: NDArray[np.float32],
-        weights: NDArray[np.float32],
-        table: NDArray[np.float32],
-        codes: NDArray[np.uint8],
-        decoded: NDArray[np.float32],
-        previous: NDArray[np.uint8],
-        cost: NDArray[np.float32],
-        following: NDArray[np.float32],
-        best: NDArray[np.float32],
-    ) -> None:
-        length = len(values)
-        cost[:] = np.inf
-        cost[0] = 0
-        for place in range(length):
-            if place & 1:
-                odd_stage(values[place], weights[place], table, cost, following, best, previous[place])
-            else:
-                even_stage(values[place], weights[place], table, cost, following, best, previous[place])
-            cost, following = following, cost
-        state = np.argmin(cost)
-        for place in range(length - 1, -1, -1):
-            bits = odd if place & 1 else even
-            groups = states >> bits
-            codes[place] = state // groups
-            decoded[place] = table[state]
-            group = state % groups
-            state = (group << bits) + np.int64(previous[place, group])
 
     @numba.njit(parallel=True, cache=True, boundscheck=False)
     def quantize(
@@ -127,7 +130,9 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
                 for r in range(length):
                     normal[r] = column[r] / scale[r]
                 code = codes[i, start:stop]
-                search(normal, weights[start:stop], table, code, out, previous, cost, following, best)
+                _search(
+                    even, odd, window, normal, weights[start:stop], table, code, out, previous, cost, following, best
+                )
                 error = errors[i, start:stop]
                 diagonal = feedback[i, i]
                 for r in range(length):
