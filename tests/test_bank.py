@@ -157,7 +157,7 @@ def test_predicted_errors_are_those_of_quantization_with_feedback(name: str, pro
 def test_planned_bytes_are_the_stored_ones(
     rows: int, columns: int, chunk: int, protected: float, order: str, data: st.DataObject
 ) -> None:
-    """For every shape, chunk, protected fraction and plan: of a linear that owns its order and of one that shares it."""
+    """For every shape, chunk, protected fraction and plan; of a linear that owns its order and one that shares it."""
     linears = [linear("q", rows, columns, "q"), linear("k", 5, columns, "q")]
     covariance = covariance_of(columns)
     generator = torch.Generator().manual_seed(rows)
