@@ -97,10 +97,10 @@ def statistics_of(model: PreTrainedModel, ids: Tensor) -> statistics.Statistics:
 
 
 def save_calibration(folder: Path, ids: Tensor) -> Path:
-    """The artifact of the calibration step from ids [24, length]: its splits follow one another."""
+    """The artifact of the calibration step from ids [32, length]: its splits follow one another."""
     folder.mkdir(parents=True)
     names = ("calibration", "reward", "recovery", "test")
-    windows = {name: part.int().clone() for name, part in zip(names, ids.split([8, 6, 8, 2]), strict=True)}
+    windows = {name: part.int().clone() for name, part in zip(names, ids.split([8, 6, 16, 2]), strict=True)}
     save_file(windows, folder / "tokens.safetensors")
     (folder / "info.json").write_text(json.dumps({"test_name": "own"}))
     return folder
@@ -140,7 +140,7 @@ def uniform(prepared: Prepared, action: str) -> Plan:
 def prepare(folder: Path, model: Path, **settings: Any) -> Prepared:
     """Calibration set, statistics and bank of a model; `settings` are the bank's."""
     made = Prepared(model, folder / "calibration", folder / "statistics.safetensors", folder / "bank.safetensors")
-    save_calibration(made.calibration, own_text(models.load(model), 24, 48))
+    save_calibration(made.calibration, own_text(models.load(model), 32, 48))
     run(statistics, made.statistics, made.inputs("model", "calibration"))
     chosen = {"chunk": 32, "protected": 0.03, "treatment": "scalar", "window": WINDOW} | settings
     run(bank, made.bank, made.inputs("model", "statistics"), **chosen)

@@ -29,9 +29,9 @@ def prepared(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def packed(prepared: Prepared) -> Path:
-    """The checkpoint before recovery, about 2 bits."""
+    """The checkpoint before recovery, with every unit at 1.5 bits."""
     plan = prepared.bank.with_name("plan.json")
-    uniform(prepared, "scalar-2").save(plan)
+    uniform(prepared, "scalar-1.5").save(plan)
     folder = prepared.bank.with_name("packed")
     run(quantize, folder, prepared.inputs("model", "calibration", "statistics", plan=plan))
     return folder

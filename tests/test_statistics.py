@@ -191,7 +191,7 @@ def test_covariance_is_the_mean_over_all_batches() -> None:
 
 
 def test_step_writes_what_load_reads(tiny_model_folder: Path, tmp_path: Path) -> None:
-    calibration = save_calibration(tmp_path / "calibration", token_ids(24, 40))
+    calibration = save_calibration(tmp_path / "calibration", token_ids(32, 40))
     path = tmp_path / "made.safetensors"
     notes = run(statistics, path, {"model": tiny_model_folder, "calibration": calibration}, batch=2, fisher_samples=2)
     found = Statistics.load(path)
@@ -205,7 +205,7 @@ def test_step_writes_what_load_reads(tiny_model_folder: Path, tmp_path: Path) ->
 
 
 def test_fisher_samples_leaves_the_energies_alone(tiny_model_folder: Path, tmp_path: Path) -> None:
-    inputs = {"model": tiny_model_folder, "calibration": save_calibration(tmp_path / "calibration", token_ids(24, 40))}
+    inputs = {"model": tiny_model_folder, "calibration": save_calibration(tmp_path / "calibration", token_ids(32, 40))}
     for samples in (1, 6):
         run(statistics, tmp_path / f"{samples}", inputs, fisher_samples=samples)
     few, all_of_them = (Statistics.load(tmp_path / name) for name in ("1", "6"))
