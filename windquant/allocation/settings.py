@@ -13,8 +13,8 @@ from windquant.errors import WindquantError
 class SearchSettings:
     """Of the learned allocator; the others need none."""
 
-    episodes: int = 200  # plans that the policy makes while it learns
-    evaluations: int = 24  # plans whose loss is measured on the reward split, the Lagrangian plan included
+    episodes: int = 128  # plans that the policy makes while it learns
+    evaluations: int = 16  # plans whose loss is measured on the reward split, the Lagrangian plan included
     curriculum: tuple[float, ...] = (3.0, 2.5)  # targets before the real one; those below it are left out
     epochs: int = 3  # passes of PPO over every rollout
     learning_rate: float = 5e-4  # of PPO
