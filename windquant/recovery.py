@@ -31,7 +31,7 @@ SAVE_EVERY = 20  # steps between two training checkpoints
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 100  # distillation steps of one window each; 0 leaves the quantized model as it is
+    steps: int = 80  # distillation steps of one window each; 0 leaves the quantized model as it is
     gain_rate: float = 6e-3  # learning rate of the log-gains
     norm_rate: float = 2e-3  # learning rate of the norms
     warmup: int = 5  # steps until the full rate; it falls as a cosine from there
