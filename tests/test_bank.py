@@ -139,7 +139,7 @@ def test_predicted_errors_are_those_of_quantization_with_feedback(name: str, pro
     _, decoded = quantize_linear(weight, order, covariance, form, fisher)
     error = weight - decoded
     made = 0.5 * (fisher * ((error @ covariance) * error).sum(1)).sum().item()
-    assert bank.predicted_loss(choice) == pytest.approx(made, rel=0.25)
+    assert bank.predicted_loss(choice) == pytest.approx(made, rel=0.3)
 
 
 # -- bytes and budgets

@@ -298,7 +298,12 @@ def test_a_light_process_is_quick_and_counts_from_its_start() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop(number: int) -> None:
-    process = start()
+    # A shell's background job hands down an ignored SIGINT; the child shall see it as in the foreground.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start()
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for("started")
     process.send_signal(number)
     process.communicate(timeout=60)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import windquant.checkpoint.huggingface  # noqa: F401  # loads packed checkpoints, so it belongs to the step's code
+import windquant.checkpoint.linear  # noqa: F401  # loads packed checkpoints, so it belongs to the step's code
 from windquant import calibration, models, step
 from windquant.errors import WindquantError
 from windquant.progress import Progress

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import windquant.checkpoint.huggingface  # noqa: F401  # loads packed checkpoints, so it belongs to the step's code
+import windquant.checkpoint.linear  # noqa: F401  # loads packed checkpoints, so it belongs to the step's code
 from windquant import compute, models, sources, step
 from windquant.errors import WindquantError
 from windquant.evaluation import tasks as embedded
