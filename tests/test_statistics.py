@@ -179,6 +179,13 @@ def test_an_input_that_overflows_is_refused_by_name() -> None:
         statistics.forward(model, quantizable(model), IDS, 4, int)
 
 
+def test_a_linear_that_no_token_reaches_is_refused_by_name() -> None:
+    model = family("llama")
+    model.model.layers[1].mlp.idle = torch.nn.Linear(8, 8)
+    with in_float32(), pytest.raises(WindquantError, match=r"layers\.1\.mlp\.idle: .* raise calibration\.samples"):
+        statistics.forward(model, quantizable(model), IDS, 4, int)
+
+
 def test_covariance_is_the_mean_over_all_batches() -> None:
     x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
     covariance = Covariance({"a": "group"})

@@ -149,6 +149,12 @@ def forward(
             order = torch.argsort(energy[group], descending=True, stable=True)
             conditional[group] = torch.empty_like(energy[group])
             conditional[group][order] = factor(matrix[order][:, order]).diagonal().square().reciprocal()
+        for linear in linears:
+            if linear.layer == index and linear.group not in energy:
+                raise WindquantError(
+                    f"{linear.name}: no token of the calibration text reaches it, so nothing is known about its "
+                    "inputs; raise calibration.samples"
+                )
         update(1)
     return energy, conditional
 
