@@ -1,6 +1,10 @@
 """The trellis: the reader's states are the search's, and the search finds the best path."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +122,19 @@ def test_rows_that_weigh_more_err_less() -> None:
     coded = found.encode(columns.clone(), Fit(torch.ones(64)), importance, torch.eye(8))
     error = (coded.decoded - columns).square().mean(0)
     assert error[::4].mean() < 0.6 * error[1::4].mean()
+
+
+VARIANTS = """
+import sys, torch
+from windquant.quantizers import Fit, actions
+for name in sys.argv[1:]:
+    actions(8)[name].encode(torch.ones(4, 8), Fit(torch.ones(8)), torch.ones(8), torch.eye(4))
+"""
+
+
+def test_compiled_variants_of_several_processes_work_together(tmp_path: Path) -> None:
+    """Two variants that were compiled in two processes once shared a name in numba's cache, and crashed in a third."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for names in (["2"], ["1", "1.5"], ["1", "1.5", "2", "3"], ["2", "3"]):
+        command = [sys.executable, "-c", VARIANTS, *(f"trellis-{name}" for name in names)]
+        subprocess.run(command, check=True, env=environment)

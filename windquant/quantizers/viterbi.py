@@ -101,7 +101,6 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
     """
     states = 1 << window
 
-    @numba.njit(parallel=True, cache=True, boundscheck=False)
     def quantize(
         columns: NDArray[np.float32],
         scales: NDArray[np.float32],
@@ -145,4 +144,7 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
                         target[r] -= error[r] * factor
         return codes, decoded, errors
 
-    return quantize
+    # Numba names a function's global data after it. Variants of one name, some compiled and some from the cache, would
+    # share that name and then fail.
+    quantize.__name__ = quantize.__qualname__ = f"quantize_{even}_{odd}_{window}"
+    return numba.njit(parallel=True, cache=True, boundscheck=False)(quantize)
