@@ -9,6 +9,7 @@ its own definition, read from the Hub or from `data_dir`: files `<task>.<split>.
 
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,18 +196,27 @@ def score(results: dict[str, Any], name: str, metric: str) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the chatter of lm-eval and the bars of datasets."""
+    """Without the chatter of lm-eval and the bars of datasets and, in a log, without lm-eval's bars."""
     import datasets
+    from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    bar = tqdm.__init__
+
+    def hidden(self: tqdm, *args: Any, **options: Any) -> None:  # lm-eval has no switch
+        bar(self, *args, **{**options, "disable": True})
+
+    if not sys.stderr.isatty():
+        tqdm.__init__ = hidden
     try:
         yield
     finally:
         logger.setLevel(level)
         datasets.enable_progress_bars()
+        tqdm.__init__ = bar
 
 
 if __name__ == "__main__":
