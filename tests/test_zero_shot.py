@@ -84,8 +84,12 @@ def evaluate(model: Path, artifact: Path, output: Path, *flags: str) -> dict[str
     return scores
 
 
-def test_scores_are_those_of_our_own_likelihoods(tiny_model_folder: Path, artifact: Path, tmp_path: Path) -> None:
+def test_scores_are_those_of_our_own_likelihoods(
+    tiny_model_folder: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()  # what the fixtures have written
     scores = evaluate(tiny_model_folder, artifact, tmp_path / "x.json", "--limit", "12")
+    assert "it/s]" not in capfd.readouterr().err  # a log is no place for lm-eval's bars
     assert scores.keys() == {"cloze", "next_sentence"}
     model, tokenizer = models.load(tiny_model_folder), models.load_tokenizer(tiny_model_folder)
 

@@ -9,11 +9,12 @@ its own definition, read from the Hub or from `data_dir`: files `<task>.<split>.
 
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,18 +196,23 @@ def score(results: dict[str, Any], name: str, metric: str) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the chatter of lm-eval and the bars of datasets."""
+    """Without the chatter of lm-eval and the bars of datasets and, in a log, without lm-eval's bars."""
     import datasets
+    from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    bar = tqdm.__init__
+    if not sys.stderr.isatty():
+        tqdm.__init__ = partialmethod(bar, disable=True)  # lm-eval has no switch
     try:
         yield
     finally:
         logger.setLevel(level)
         datasets.enable_progress_bars()
+        tqdm.__init__ = bar
 
 
 if __name__ == "__main__":
