@@ -155,7 +155,15 @@ def run(task: "Task", settings: Settings) -> None:
         {**metrics(result), "checkpoint_bytes": size},
         {"result.json": task.output, "plan.json": task.inputs["plan"]},
         {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
+        parameters_of(manifests),
     )
+
+
+def parameters_of(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Every setting of every step, `<step>.<setting>`: the MLflow UI shows where experiments differ."""
+    return {
+        f"{step}.{name}": value for step, source in STEPS.items() for name, value in manifests[source].settings.items()
+    }
 
 
 def assemble(

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from windquant import atomic, dependencies, manifest, settings as settings_module, tracking
+from windquant import atomic, dependencies, exclusive, integrity, manifest, settings as settings_module, tracking
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.progress import Progress
@@ -97,7 +97,14 @@ class Task:
         self.notes[key] = value
 
     def progress(self, iterable: Iterable[T] | None = None, total: int | None = None, label: str = "") -> Progress[T]:
-        return Progress(iterable, total, label or self.step)
+        """A bar or lines for the user, and the metric `progress/<label>` in percent for the run."""
+        name = f"progress/{label or self.step}"
+
+        def report(done: int, total: int | None) -> None:
+            if total:
+                self.metric(name, 100 * done / total, done)
+
+        return Progress(iterable, total, label or self.step, report=report)
 
     @property
     def cache(self) -> Path:
@@ -197,36 +204,39 @@ def _run(
         torch.set_num_threads(arguments.threads)
     commit, dirty = manifest.git_state()
 
+    child = tracking.child(arguments.experiment, step, plain, arguments.seed, output, commit, dirty)
     with (
         _terminable(),
-        atomic.output(output) as partial,
-        tracking.child(arguments.experiment, step, plain, arguments.seed) as tracker,
-    ):
-        for name, entry in digests.items():
-            tracker.dataset(name, entry["path"], entry["sha256"], step)
-        seed_everything(arguments.seed, torch=not light)
-        task = Task(step, single, partial, files=several, seed=arguments.seed, key=key, tracker=tracker)
-        run(task, settings)
-        if not partial.exists():
-            raise RuntimeError(f"step {step} returned without making {output}")
-        document = Manifest(
-            step=step,
-            settings=plain,
-            seed=arguments.seed,
-            inputs=digests,
-            output={"path": str(output), "sha256": manifest.sha256(partial)},
-            seconds=round(time.monotonic() - start, 3),
-            peak_memory_bytes=peak_memory(),
-            versions=manifest.versions(),
-            git_commit=commit,
-            git_dirty=dirty,
-            mlflow_run_id=tracker.run_id,
-            notes=task.notes,
-        )
-        json.dumps(document.notes)  # an error here leaves no artifact without a manifest
-        tracker.metrics({"seconds": document.seconds, **_flat(document.peak_memory_bytes, "peak_memory_bytes")})
-    document.save(output)
-    task.clear_cache()
+        exclusive.running(f"step {step}, which makes {output}"),
+        child as tracker,
+    ):  # the run ends after the artifact has its name and its manifest
+        with atomic.output(output) as partial:
+            for name, entry in digests.items():
+                tracker.dataset(name, entry["path"], entry["sha256"], step)
+            seed_everything(arguments.seed, torch=not light)
+            task = Task(step, single, partial, files=several, seed=arguments.seed, key=key, tracker=tracker)
+            run(task, settings)
+            if not partial.exists():
+                raise RuntimeError(f"step {step} returned without making {output}")
+            document = Manifest(
+                step=step,
+                settings=plain,
+                seed=arguments.seed,
+                inputs=digests,
+                output={"path": str(output), "sha256": manifest.sha256(partial)},
+                seconds=round(time.monotonic() - start, 3),
+                peak_memory_bytes=peak_memory(),
+                versions=manifest.versions(),
+                git_commit=commit,
+                git_dirty=dirty,
+                mlflow_run_id=tracker.run_id,
+                notes=task.notes,
+            )
+            json.dumps(document.notes)  # an error here leaves no artifact without a manifest
+            tracker.metrics({"seconds": document.seconds, **_flat(document.peak_memory_bytes, "peak_memory_bytes")})
+        document.save(output)
+        integrity.remember(output)
+        task.clear_cache()
 
 
 def _collect(inputs: Sequence[str], arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, list[Path]]]:
