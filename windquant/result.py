@@ -7,11 +7,13 @@ and against SCHEMA, and logged on the experiment's parent run.
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from windquant import pictures
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.plan import Plan
@@ -151,12 +153,15 @@ def run(task: "Task", settings: Settings) -> None:
     parameters = round(8 * size / result["checkpoint_bits"])
     task.note("checkpoint_bytes", size)
     task.note("original_fp16_bytes", 2 * parameters)
-    task.tracker.close_parent(
-        {**metrics(result), "checkpoint_bytes": size},
-        {"result.json": task.output, "plan.json": task.inputs["plan"]},
-        {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
-        parameters_of(manifests),
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = Path(scratch) / "plan.png"
+        pictures.save_plan(plan, picture)
+        task.tracker.close_parent(
+            {**metrics(result), "checkpoint_bytes": size},
+            {"result.json": task.output, "plan.json": task.inputs["plan"], "plan.png": picture},
+            {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
+            parameters_of(manifests),
+        )
 
 
 def parameters_of(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
