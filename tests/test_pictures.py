@@ -36,7 +36,7 @@ def test_figure_shows_every_kind_and_width(tmp_path: Path) -> None:
     figure = pictures.plan_figure(some)
     assert [axis.get_title() for axis in figure.axes] == ["q", "down"]
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["1 bit (33% of the chunks)", "2 bits (11% of the chunks)", "4 bits (56% of the chunks)"]
+    assert texts == ["1 bit (33.3% of the chunks)", "2 bits (11.1% of the chunks)", "4 bits (55.6% of the chunks)"]
     image = figure.axes[0].images[0].get_array()
     assert image is not None
     assert image.tolist() == [[0, 1], [0, 0]]

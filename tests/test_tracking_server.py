@@ -125,10 +125,11 @@ def test_fails_in_the_middle_and_comes_back(what: str, server: Server, tmp_path:
     assert errors
     assert all(line.startswith(f"warning: MLflow: {server.uri} does not take this run") for line in errors)
     server.start() if what == "dies" else server.signal(signal.SIGCONT)
-    again = worker(tmp_path, "next", MLFLOW_TRACKING_URI=server.uri)
+    again = worker(tmp_path, f"next-{what}", MLFLOW_TRACKING_URI=server.uri)
     again.communicate(timeout=PATIENCE)
     eventually(lambda: not journal.journals(tmp_path / "logs" / "tracking"), PATIENCE)
-    complete(runs(server, f"server-{what}", "next"), [f"server-{what}", "next"])  # type: ignore[arg-type]
+    names = [f"server-{what}", f"next-{what}"]
+    complete(runs(server, *names), names)  # type: ignore[arg-type]
 
 
 def state(folder: Path) -> journal.State | None:

@@ -61,7 +61,7 @@ def plan_figure(plan: Plan) -> "Figure":
     figure.suptitle(f"{plan.model}: {share}\na cell per column chunk, {order}", fontsize=10)
     every = [value for rows in cells.values() for row in rows for value in row]
     patches = [
-        Patch(color=colour, label=f"{label(level)} ({every.count(level) / len(every):.0%} of the chunks)")
+        Patch(color=colour, label=f"{label(level)} ({every.count(level) / len(every):.1%} of the chunks)")
         for level, colour in zip(levels, colours, strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 4), fontsize=8, frameon=False)

@@ -164,20 +164,24 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def replace(path: Path, data: bytes) -> None:
+    path.unlink()  # a local model's files are links to the user's own
+    path.write_bytes(data)
+
+
 def truncate(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size // 2)
+    replace(path, path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flip(path: Path) -> None:
     """One bit, in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    replace(path, bytes(data))
 
 
 def empty(path: Path) -> None:
-    path.write_bytes(b"")
+    replace(path, b"")
 
 
 def delete(path: Path) -> None:
@@ -203,7 +207,7 @@ def look(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     kept |= {path: (path.read_bytes(), path.stat()) for name in ARTIFACTS for path in [Path(f"{name}.manifest.json")]}
     yield lambda: [str(path) for path in integrity.check(set_aside=False)]
     for path, (data, stat) in kept.items():
-        path.write_bytes(data)
+        replace(path, data)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
