@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,7 +185,28 @@ def test_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(run)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: data/x: No space left on device\n"
+    assert capsys.readouterr().err == (
+        "error: data/x: No space left on device; make room and run again: finished steps stay\n"
+    )
+
+
+def test_a_limit_on_file_sizes_hits_every_writer_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    writers: list[Callable[[Path], object]] = [
+        lambda path: path.write_bytes(bytes(1 << 20)),
+        lambda path: save_file({"a": torch.zeros(1 << 18)}, path),
+    ]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))
+    try:
+        for writer in writers:
+            with pytest.raises(SystemExit):
+                main(lambda task, settings, writer=writer: writer(task.output))
+            assert "File too large; lift the limit on file sizes" in capsys.readouterr().err
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names() == set()
 
 
 def test_damaged_input_is_named(capsys: pytest.CaptureFixture[str]) -> None:

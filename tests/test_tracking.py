@@ -363,6 +363,28 @@ def test_what_another_sender_has_begun_is_not_sent_twice(monkeypatch: pytest.Mon
     assert len(history) == 3
 
 
+def test_a_journal_of_another_version_holds_up_nothing() -> None:
+    experiment()
+    folder = Path("logs/tracking")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "0-old.jsonl").write_text('{"kind": "start", "uri": "sqlite:///mlflow.db"}\n')
+    (folder / "0-empty.jsonl").write_text("")
+    main(write)
+    assert len(children()) == 1
+    eventually(lambda: len(list(folder.glob("*.unreadable"))) == 2)
+
+
+def test_an_experiment_of_an_older_version_goes_on() -> None:
+    experiment()
+    document = json.loads(Path("e.json").read_text())
+    Path("e.json").write_text(json.dumps({**document, "experiment_id": "1", "run_id": "gone"}))
+    main(write)
+    assert len(children()) == 1
+    Path("e.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(write)
+
+
 WORKER = """
     import sys, time
     from dataclasses import dataclass

@@ -36,6 +36,9 @@ def claim(arguments: Sequence[str]) -> bool:
     """
     if any(LOOKING.fullmatch(argument) for argument in arguments):
         return False
+    for folder in (".", ".snakemake", ".cache", "logs", "resources", "data", "results"):
+        if Path(folder).exists() and not os.access(folder, os.W_OK):
+            raise WindquantError(f"{folder}: cannot be written to (read-only?); make it writable and run again")
     LOCK.parent.mkdir(exist_ok=True)
     file = LOCK.open("a+")
     if not _lock(file):

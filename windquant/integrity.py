@@ -66,10 +66,11 @@ def examine(artifact: Path, everything: bool = False) -> str | None:
 
 
 def remember(artifact: Path) -> None:
-    """Call it when an artifact of a workflow has just been made. Not being able to is no error: it is read again."""
+    """Call it when an artifact of a workflow has just been made."""
     with contextlib.suppress(OSError):
         if exclusive.LOCK.parent.is_dir():
-            _memorize(artifact, fingerprint(artifact), manifest.sha256(atomic.manifest_path(artifact)))
+            own = manifest.sha256(atomic.manifest_path(artifact))
+            _memorize(artifact, fingerprint(artifact), own)
 
 
 def put_aside(artifact: Path) -> None:
@@ -105,5 +106,6 @@ def _recall(artifact: Path) -> dict[str, str] | None:
 
 
 def _memorize(artifact: Path, stamp: str, own: str) -> None:
-    MEMORY.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(_memory(artifact), json.dumps({"artifact": str(artifact), "stamp": stamp, "manifest": own}))
+    with contextlib.suppress(OSError):  # what is not remembered is read again
+        MEMORY.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(_memory(artifact), json.dumps({"artifact": str(artifact), "stamp": stamp, "manifest": own}))

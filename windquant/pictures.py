@@ -64,7 +64,13 @@ def plan_figure(plan: Plan) -> "Figure":
         Patch(color=colour, label=f"{label(level)} ({every.count(level) / len(every):.1%} of the chunks)")
         for level, colour in zip(levels, colours, strict=True)
     ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 4), fontsize=8, frameon=False)
+    figure.legend(
+        handles=patches,
+        loc="outside lower center",
+        ncols=min(len(patches), int(figure.get_figwidth() / 2.2)),
+        fontsize=8,
+        frameon=False,
+    )
     return figure
 
 

@@ -53,7 +53,7 @@ class Progress(Generic[T]):
     def update(self, n: int = 1) -> None:
         """`n` more are done."""
         self.done += n
-        if time.monotonic() - self._report_time >= REPORT_SECONDS:
+        if self._report is not None and time.monotonic() - self._report_time >= REPORT_SECONDS:
             self._tell()
         if self._bar is not None:
             self._bar.update(n)

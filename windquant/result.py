@@ -153,22 +153,35 @@ def run(task: "Task", settings: Settings) -> None:
     parameters = round(8 * size / result["checkpoint_bits"])
     task.note("checkpoint_bytes", size)
     task.note("original_fp16_bytes", 2 * parameters)
+    track(task, plan, result, manifests)
+
+
+def track(task: "Task", plan: Plan, result: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> None:
+    """Put everything that makes experiments comparable on the experiment's run, and close it."""
+    from windquant import summary  # which imports this module
+
+    for context, source in (("model", manifests["model"]), ("texts", manifests["calibration"])):
+        entry = source.output
+        task.tracker.dataset(Path(entry["path"]).name, entry["path"], entry["sha256"], context, parent=True)
+    table = [("", "original", "quantized"), ("---", "--:", "--:"), *summary.rows(result, task.notes)]
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "plan.png"
         pictures.save_plan(plan, picture)
         task.tracker.close_parent(
-            {**metrics(result), "checkpoint_bytes": size},
+            {**metrics(result), "checkpoint_bytes": task.notes["checkpoint_bytes"]},
             {"result.json": task.output, "plan.json": task.inputs["plan"], "plan.png": picture},
             {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
-            parameters_of(manifests),
+            parameters_of(manifests, plan.allocator),
+            "\n".join(f"| {' | '.join(row)} |" for row in table),
         )
 
 
-def parameters_of(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+def parameters_of(manifests: Mapping[str, Manifest], allocator: str) -> dict[str, Any]:
     """Every setting of every step, `<step>.<setting>`: the MLflow UI shows where experiments differ."""
-    return {
-        f"{step}.{name}": value for step, source in STEPS.items() for name, value in manifests[source].settings.items()
-    }
+    settings = {step: manifests[source].settings for step, source in STEPS.items()}
+    if allocator != "ppo":  # the others do not read the settings of the search
+        settings["allocation"] = {"allocator": allocator, "target_bits": settings["allocation"].get("target_bits")}
+    return {f"{step}.{name}": value for step, values in settings.items() for name, value in values.items()}
 
 
 def assemble(

@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ LINGER = 20.0  # seconds without a living step until the sender goes
 LOOK = 0.1  # seconds between two looks at the journals
 BATCH = 2.0  # seconds between two batches of a step that goes on
 RETRY = (5.0, 60.0)  # seconds until a store that is down is tried again: at first, at most
+UNREADABLE = ".unreadable"  # what a journal is called from then on that makes no sense
 #: What MLflow says of a value or a run that it will never take; anything else may pass.
 REFUSALS = {
     "INVALID_PARAMETER_VALUE",
@@ -59,12 +61,13 @@ class Store:
             self._experiments[name] = store.ensure_experiment(self.client, self.uri, name)
         return self._experiments[name]
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> str:
         self.problem = brief(error)
         self.retry_at = time.monotonic() + self._wait
         self._wait = min(2 * self._wait, RETRY[1])
         self._client = None
         self._experiments.clear()
+        return self.problem
 
     def worked(self) -> None:
         self.problem, self._wait = None, RETRY[0]
@@ -121,6 +124,10 @@ class Delivery:
         self.state.save(self.path)
         return end is not None
 
+    def fail(self, problem: str) -> None:
+        self.state.problem = problem
+        self.state.save(self.path)
+
     def _make_run(self, to: Store) -> None:
         experiment = to.experiment(self.start["experiment"]["name"])
         found = store.find_run(to.client, experiment, self.path.stem) if self.begun else None
@@ -138,8 +145,9 @@ class Delivery:
         of = {kind: [event for event in events if event["kind"] == kind] for kind in ("metrics", "params", "dataset")}
         with self._tolerant():
             store.log_metrics(to.client, run, of["metrics"])
-        with self._tolerant():
-            store.log_datasets(to.client, run, of["dataset"])
+        for place, of_parent in ((run, False), (parent, True)):
+            with self._tolerant():
+                store.log_datasets(to.client, place, [event for event in of["dataset"] if event["parent"] == of_parent])
         for event in of["params"]:
             with self._tolerant():
                 store.log_params(to.client, run, event["values"])
@@ -194,25 +202,14 @@ class Sender:
         return living
 
     def _advance(self, path: Path) -> None:
-        if path not in self.deliveries:
-            self.deliveries[path] = Delivery(path)
-        delivery = self.deliveries[path]
-        to = self.stores.setdefault(delivery.uri, Store(delivery.uri))
-        if to.problem and delivery.state.problem != to.problem:  # who waits shall know before the next attempt
-            delivery.state.problem = to.problem
-            delivery.state.save(path)
-        if time.monotonic() < to.retry_at or not delivery.due():
-            return
         try:
-            with store.store_lock(to.uri):
-                done = delivery.send(to)
-            to.worked()
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            to.failed(error)
-            delivery.state.problem = to.problem
-            delivery.state.save(path)
+            if path not in self.deliveries:
+                self.deliveries[path] = Delivery(path)
+            done = self._deliver(self.deliveries[path])
+        except (LookupError, TypeError, AttributeError):  # of another version, or damaged: no reason to keep the others
+            self.deliveries.pop(path, None)
+            path.rename(path.with_suffix(UNREADABLE))
+            print(f"{path}: not readable", traceback.format_exc(), sep="\n", file=sys.stderr, flush=True)
             return
         if done:
             del self.deliveries[path]
@@ -220,6 +217,24 @@ class Sender:
             journal.remove(path)
             if not watched:
                 journal.state_path(path).unlink(missing_ok=True)
+
+    def _deliver(self, delivery: Delivery) -> bool:
+        """Send what is new, unless the store is down; whether that was all."""
+        to = self.stores.setdefault(delivery.uri, Store(delivery.uri))
+        if to.problem and delivery.state.problem != to.problem:  # who waits shall know before the next attempt
+            delivery.fail(to.problem)
+        if time.monotonic() < to.retry_at or not delivery.due():
+            return False
+        try:
+            with store.store_lock(to.uri):
+                done = delivery.send(to)
+            to.worked()
+            return done
+        except (FileNotFoundError, LookupError, TypeError, AttributeError):
+            raise
+        except Exception as error:
+            delivery.fail(to.failed(error))
+            return False
 
     def settle(self) -> None:
         for to in self.stores.values():

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -37,8 +38,12 @@ from windquant.progress import Progress
 T = TypeVar("T")
 S = TypeVar("S")
 CACHE = Path(".cache")
-#: Environment problems that a person can mend: disk full, quota, read-only, no permission.
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+#: Problems of the environment that a person can mend, and how.
+MENDABLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run again: finished steps stay"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable and run again"),
+    errno.EFBIG: "lift the limit on file sizes (ulimit -f) and run again",
+}
 
 
 @dataclass(frozen=True)
@@ -149,11 +154,21 @@ def main(
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except OSError as error:
-        if error.errno not in MENDABLE:
+    except Exception as error:
+        number = _errno(error)
+        if number not in MENDABLE:
             raise
-        print(f"error: {error.filename or step}: {error.strerror}", file=sys.stderr)
+        where = getattr(error, "filename", None) or step
+        print(f"error: {where}: {os.strerror(number)}; {MENDABLE[number]}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _errno(error: Exception) -> int:
+    """The operating system's reason; safetensors has it in its text only. 0 where there is none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def _parse(step: str, settings: type, inputs: Sequence[str], argv: Sequence[str] | None) -> argparse.Namespace:

@@ -91,8 +91,8 @@ class Tracker:
     def artifact(self, path: Path, folder: str | None = None, name: str | None = None) -> None:
         """A file or a folder, copied at once (under another `name`, if given)."""
 
-    def dataset(self, name: str, source: str, digest: str, context: str = "") -> None:
-        """Data that the run reads."""
+    def dataset(self, name: str, source: str, digest: str, context: str = "", parent: bool = False) -> None:
+        """Data that the run reads, or that the whole experiment (`parent`) is about."""
 
     def close_parent(
         self,
@@ -100,10 +100,11 @@ class Tracker:
         artifacts: Mapping[str, Path],
         tags: Mapping[str, Any],
         params: Mapping[str, Any] | None = None,
+        description: str = "",
     ) -> None:
         """Log the experiment's key numbers and artifacts (name -> file) on the parent run, finished with this step.
 
-        `tags` are what is only known now; its children get them too.
+        `tags` are what is only known now; its children get them too. `description` is Markdown.
         """
 
 
@@ -136,8 +137,8 @@ class ChildRun(Tracker):
     def params(self, values: Mapping[str, Any]) -> None:
         self._write("params", values={name: str(value) for name, value in values.items()})
 
-    def dataset(self, name: str, source: str, digest: str, context: str = "") -> None:
-        self._write("dataset", name=name, source=source, digest=digest, context=context)
+    def dataset(self, name: str, source: str, digest: str, context: str = "", parent: bool = False) -> None:
+        self._write("dataset", name=name, source=source, digest=digest, context=context, parent=parent)
 
     def artifact(self, path: Path, folder: str | None = None, name: str | None = None) -> None:
         self._copy(path, folder, name or path.name)
@@ -148,12 +149,17 @@ class ChildRun(Tracker):
         artifacts: Mapping[str, Path],
         tags: Mapping[str, Any],
         params: Mapping[str, Any] | None = None,
+        description: str = "",
     ) -> None:
         for name, path in artifacts.items():
             self._copy(path, None, name, parent=True)
-        texts = {name: {key: str(value) for key, value in (values or {}).items()} for name, values in
-                 (("tags", tags), ("params", params))}  # fmt: skip
-        self._write("close", values={name: float(value) for name, value in metrics.items()}, **texts)
+        self._write(
+            "close",
+            values={name: float(value) for name, value in metrics.items()},
+            tags={name: str(value) for name, value in tags.items()},
+            params={name: str(value) for name, value in (params or {}).items()},
+            description=description,
+        )
 
     @property
     def run_id(self) -> str | None:

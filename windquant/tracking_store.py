@@ -174,7 +174,8 @@ def close_parent(client: "MlflowClient", experiment_id: str, parent: str, event:
     log_params(client, parent, event["params"])
     for run in client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"):
         client.log_batch(run.info.run_id, tags=tags)
-    client.log_batch(parent, tags=[*tags, RunTag(CLOSED_TAG, "true")])
+    own = {CLOSED_TAG: "true", "mlflow.note.content": event["description"][:TAG_LENGTH]}
+    client.log_batch(parent, tags=[*tags, *(RunTag(*item) for item in own.items() if item[1])])
 
 
 def sqlite_path(uri: str) -> Path | None:
