@@ -53,11 +53,12 @@ def quick_sender(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The sender in a thread of this process, which has MLflow loaded already; some tests want the real one."""
     threads: list[threading.Thread] = []
 
-    def start(folder: Path) -> None:
+    def start(folder: Path) -> bool:
         if not journal.has_sender(folder):
             threads.append(threading.Thread(target=sender.serve, args=(folder, 0.5)))
             threads[-1].start()
             time.sleep(0.05)
+        return True
 
     monkeypatch.setattr(tracking, "start_sender", start)
     yield
@@ -256,7 +257,7 @@ def test_random_numbers_are_those_of_an_untracked_step(monkeypatch: pytest.Monke
         task.output.touch()
 
     experiment()
-    monkeypatch.setattr(tracking, "start_sender", lambda folder: None)  # a process of its own, but not in these tests
+    monkeypatch.setattr(tracking, "start_sender", lambda folder: False)  # a process of its own, but not in these tests
     monkeypatch.setattr(tracking, "PATIENCE", 0.0)
     main(run)
     step.main("demo", run, Settings, argv=["--output", "out"], light=True)
@@ -341,7 +342,8 @@ def test_metrics_are_sent_while_the_step_runs() -> None:
 def test_what_another_sender_has_begun_is_not_sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sender that died after it made the run, and before it could write that down."""
     experiment()
-    monkeypatch.setattr(tracking, "start_sender", lambda folder: None)
+    eventually(lambda: not journal.has_sender(Path("logs/tracking")))
+    monkeypatch.setattr(tracking, "start_sender", lambda folder: False)
     monkeypatch.setattr(tracking, "PATIENCE", 0.0)
     main(write)
     (waiting,) = journal.journals(Path("logs/tracking"))
@@ -472,6 +474,20 @@ def test_a_killed_step_is_reported_and_the_next_one_goes_on(tmp_path: Path) -> N
     (parent,) = parents()
     assert parent.info.status == "FINISHED"
     assert sorted(run.info.status for run in children(parent)) == ["FINISHED", "FINISHED", "KILLED"]
+
+
+def test_an_mlflow_that_cannot_be_imported_costs_seconds(tmp_path: Path) -> None:
+    (tmp_path / "broken" / "mlflow").mkdir(parents=True)
+    (tmp_path / "broken" / "mlflow" / "__init__.py").write_text("raise ImportError('half an update')")
+    begin = time.monotonic()
+    process = worker(tmp_path, "m", PYTHONPATH=f"{PROJECT}{os.pathsep}{tmp_path / 'broken'}")
+    errors = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 0
+    assert time.monotonic() - begin < 30
+    assert len(errors) == 2
+    assert "no answer, see logs/tracking/sender.log" in errors[0]
+    assert "half an update" in Path("logs/tracking/sender.log").read_text()
+    assert len(journal.journals(Path("logs/tracking"))) == 2
 
 
 def test_system_metrics() -> None:

@@ -11,6 +11,7 @@ from windquant.errors import WindquantError
 
 COMMANDS = {  # name: module, what it does
     "inspect": ("windquant.checkpoint.inspection", "size, effective bits and plan of a packed checkpoint"),
+    "check": ("windquant.integrity", "compare every artifact of the workflow with its digest"),
     "sync": ("windquant.sender", "send the runs that the MLflow store has not got yet"),
     "generate": ("windquant.checkpoint.generation", "continue a text with a model, token by token"),
 }

@@ -1,9 +1,12 @@
 """Artifacts that are no longer what their step has made: found, named and set aside, so that Snakemake makes them anew.
 
+    python -m windquant check      compare every artifact with its digest
+
 Every artifact has its digest in the manifest beside it. Reading all of them at every start would take minutes for a
 large model, so what has been checked is remembered with sizes and times, and only what was touched since is read.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -34,6 +37,18 @@ def check(set_aside: bool = True, everything: bool = False) -> list[Path]:
                 what = f"set aside as {artifact.name}{DAMAGED} and made anew"
             print(f"warning: {artifact}: {problem}; {what}", file=sys.stderr, flush=True)
     return damaged
+
+
+def main(arguments: list[str]) -> None:
+    """Read everything, as the disk has it now. WindquantError if something is damaged."""
+    parser = argparse.ArgumentParser(prog="python -m windquant check", description="Compare artifacts and digests.")
+    parser.parse_args(arguments)
+    damaged = check(set_aside=False, everything=True)
+    for artifact in damaged:
+        forget(artifact)
+    if damaged:
+        raise WindquantError(f"{len(damaged)} of {len(list(artifacts()))} artifacts are damaged; run snakemake again")
+    print(f"all {len(list(artifacts()))} artifacts are what their steps have made")
 
 
 def artifacts() -> Iterator[Path]:
@@ -73,13 +88,19 @@ def remember(artifact: Path) -> None:
             _memorize(artifact, fingerprint(artifact), own)
 
 
+def forget(artifact: Path) -> None:
+    """Call it when an artifact turns out to be damaged: the next workflow reads it again, and sets it aside."""
+    with contextlib.suppress(OSError):
+        _memory(artifact).unlink(missing_ok=True)
+
+
 def put_aside(artifact: Path) -> None:
     """The artifact gets the ending `.damaged`; its manifest goes."""
     aside = artifact.with_name(artifact.name + DAMAGED)
     atomic.remove(aside)
     artifact.rename(aside)
     atomic.manifest_path(artifact).unlink(missing_ok=True)
-    _memory(artifact).unlink(missing_ok=True)
+    forget(artifact)
 
 
 def fingerprint(artifact: Path) -> str:

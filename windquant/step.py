@@ -269,7 +269,11 @@ def _collect(inputs: Sequence[str], arguments: argparse.Namespace) -> tuple[dict
 def _digest(name: str, path: Path) -> str:
     if not path.exists():
         raise WindquantError(f"{settings_module.flag(name.partition('.')[0])} {path}: no such file or folder")
-    return manifest.verified_sha256(path)
+    try:
+        return manifest.verified_sha256(path)
+    except WindquantError:
+        integrity.forget(path)
+        raise
 
 
 def cache_key(

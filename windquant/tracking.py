@@ -12,7 +12,6 @@ tracking never stops a step and hardly costs it time; what the store did not tak
 import contextlib
 import getpass
 import json
-import math
 import os
 import re
 import subprocess
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from windquant.step import Task
 
 LOCAL = "sqlite:///mlflow.db"  # relative to the project, so that the experiment file means the same in a clone
-RESTART_SECONDS = 5.0  # between two attempts to start a sender
-PATIENCE = 30.0  # seconds that a finished step waits for the sender to say whether the run has arrived
+RESTART_SECONDS, RESTARTS = 3.0, 3  # between two attempts to start a sender, and how many
+PATIENCE = 60.0  # seconds that a finished step waits for the sender to say whether the run has arrived
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ class ChildRun(Tracker):
             self._patient = False  # who asked for an end shall not wait
         state = self._wait(lambda state: not writer.path.exists())
         if writer.path.exists():
-            reason = (state and state.problem) or "no answer"
+            reason = (state and state.problem) or f"no answer, see {journal.FOLDER / 'sender.log'}"
             _warn(
                 f"{without_password(self.uri)} does not take this run ({reason}); it is kept in {journal.FOLDER} for "
                 "the next step that reaches it, or for: python -m windquant sync"
@@ -232,22 +231,36 @@ class ChildRun(Tracker):
                 self._patient = False
             if not self._patient:
                 return state
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not start_sender(self._folder):
                 self._patient = False
-            start_sender(self._folder)
             time.sleep(0.02)
 
 
-_started: dict[Path, float] = {}
+_starts: dict[Path, list[float]] = {}  # times at which this process has started a sender that is not to be seen yet
 
 
-def start_sender(folder: Path) -> None:
-    """See to it that a sender works on the folder: a process of its own that outlives the step for some seconds."""
-    last = _started.get(folder, -math.inf)
-    if time.monotonic() - last < RESTART_SECONDS or journal.has_sender(folder):
-        return
-    _started[folder] = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
+def start_sender(folder: Path) -> bool:
+    """See to it that a sender works on the folder: a process of its own that outlives the step for some seconds.
+
+    False if none can be started, or none survives.
+    """
+    starts = _starts.setdefault(folder, [])
+    if starts and time.monotonic() - starts[-1] < RESTART_SECONDS:
+        return True
+    try:
+        if journal.has_sender(folder):
+            starts.clear()
+            return True
+        starts.append(time.monotonic())
+        if len(starts) > RESTARTS:
+            return False
+        _spawn(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _spawn(folder: Path) -> None:
     package = str(Path(__file__).resolve().parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     with (folder / "sender.log").open("w") as log:
@@ -334,8 +347,7 @@ def run(task: "Task", settings: Settings) -> None:
         tags={name: str(value) for name, value in tags.items() if value is not None},
     )
     task.output.write_text(json.dumps(vars(document), indent=1) + "\n")
-    with contextlib.suppress(OSError):
-        start_sender(Path.cwd() / journal.FOLDER)  # it takes a few seconds to get ready
+    start_sender(Path.cwd() / journal.FOLDER)  # it takes a few seconds to get ready
 
 
 if __name__ == "__main__":

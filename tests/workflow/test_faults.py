@@ -226,6 +226,24 @@ def test_damaged_manifests_are_found(damage: Callable[[Path], None], look: Calla
     assert sorted(look()) == sorted(ARTIFACTS)
 
 
+def test_damage_without_a_trace_is_found_by_who_reads_it(look: Callable[[], list[str]]) -> None:
+    from windquant import integrity, step
+    from windquant.errors import WindquantError
+
+    name = ARTIFACTS[3]
+    stat = Path(name).stat()
+    flip(Path(name))
+    os.utime(name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert look() == [], "that is what the disk says"
+    with pytest.raises(WindquantError, match=f"{name}: damaged"):
+        step._digest("bank", Path(name))
+    assert look() == [name], "from then on the workflow knows"
+    integrity.remember(Path(name))
+    with pytest.raises(WindquantError, match="1 of 16 artifacts are damaged"):
+        integrity.main([])
+    assert look() == [name]
+
+
 def test_damaged_artifacts_are_made_again(undisturbed: Path, snakemake: Snakemake) -> None:
     """Each artifact in another way, half of the manifests too; one run mends all of it."""
     expected, damaged = content(undisturbed), []
