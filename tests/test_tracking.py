@@ -124,7 +124,10 @@ def write(task: step.Task, settings: Settings) -> None:
 
 def close(task: step.Task, settings: Settings) -> None:
     task.output.write_text("{}")
-    task.tracker.close_parent({"perplexity.t": 50.0}, {"result.json": task.output}, {"chunk": 64}, {"bank.chunk": 64})
+    task.tracker.dataset("texts", "data/texts", "0" * 64, "texts", parent=True)
+    task.tracker.close_parent(
+        {"perplexity.t": 50.0}, {"result.json": task.output}, {"chunk": 64}, {"bank.chunk": 64}, "| table |"
+    )
     task.note("parent", task.tracker.parent_id)
 
 
@@ -182,6 +185,10 @@ def test_a_result_closes_the_parent_and_what_runs_later_opens_another() -> None:
     (first,) = parents()
     assert (first.info.status, first.data.metrics) == ("FINISHED", {"perplexity.t": 50.0})
     assert first.data.params["bank.chunk"] == "64"
+    assert first.data.tags["mlflow.note.content"] == "| table |"
+    assert first.inputs is not None
+    assert [data.dataset.name for data in first.inputs.dataset_inputs] == ["texts"]
+    assert not [run for run in children(first) if "mlflow.note.content" in run.data.tags]
     assert (Path("mlartifacts") / first.info.run_id / "artifacts" / "result.json").read_text() == "{}"
     assert [run.data.tags["chunk"] for run in children(first)] == ["64"] * 2
     assert json.loads(Path("out.manifest.json").read_text())["notes"]["parent"] == first.info.run_id
