@@ -19,7 +19,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from windquant import journal, sender, step, system_metrics, tracking, tracking_store
+from windquant import delivery, journal, sender, step, system_metrics, tracking, tracking_store
 from windquant.errors import WindquantError
 
 PROJECT = Path(step.__file__).parents[1]
@@ -43,7 +43,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(sender, "BATCH", 0.1)
+    monkeypatch.setattr(delivery, "BATCH", 0.1)
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
     return tmp_path
 
@@ -66,10 +66,10 @@ def quick_sender(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         thread.join()
 
 
-def experiment(name: str = "e.json", *argv: str) -> tracking.Experiment:
+def experiment(name: str = "e.json", *argv: str) -> tracking_store.Experiment:
     argv = argv or ("--bits", "2.0", "--allocator", "ppo")
     step.main("experiment", tracking.run, tracking.Settings, argv=["--model", "m", "--output", name, *argv], light=True)
-    return tracking.Experiment.load(Path(name))
+    return tracking_store.Experiment.load(Path(name))
 
 
 def main(run: Callable[[step.Task, Settings], None], *argv: str) -> None:
@@ -305,8 +305,8 @@ def test_a_password_is_written_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     files = [path for path in Path().rglob("*") if path.is_file() and path.name != "mlflow.db"]
     assert len(files) > 5
     assert not [path for path in files if b"secret" in path.read_bytes()]
-    assert sender.resolve("http://127.0.0.1:9") == uri
-    assert sender.resolve("http://other:9") == "http://other:9"
+    assert delivery.resolve("http://127.0.0.1:9") == uri
+    assert delivery.resolve("http://other:9") == "http://other:9"
 
 
 def test_broken_database(capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,9 +360,8 @@ def test_what_another_sender_has_begun_is_not_sent_twice(monkeypatch: pytest.Mon
     assert not waiting.exists()
     main(write)
     (waiting,) = journal.journals(Path("logs/tracking"))
-    delivery = sender.Delivery(waiting)
-    to = sender.Store(delivery.uri)
-    delivery._make_run(to)
+    begun = delivery.Delivery(waiting)
+    begun._make_run(delivery.Store(begun.uri))
     journal.State().save(waiting)
     sender.main([])
     assert len(children()) == 2

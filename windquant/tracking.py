@@ -19,18 +19,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windquant import journal, tracking_store as store
-from windquant.errors import WindquantError
 from windquant.system_metrics import Sampler
+from windquant.tracking_store import Experiment
 
 if TYPE_CHECKING:
     from windquant.step import Task
 
-LOCAL = "sqlite:///mlflow.db"  # relative to the project, so that the experiment file means the same in a clone
 RESTART_SECONDS, RESTARTS = 3.0, 3  # between two attempts to start a sender, and how many
 PATIENCE = 60.0  # seconds that a finished step waits for the sender to say whether the run has arrived
 
@@ -41,31 +40,6 @@ class Settings:
     bits: float | None = None  # target bits; none for the steps that all experiments of a model share
     allocator: str | None = None  # what makes the plan
     name: str = "windquant"  # MLflow experiment that holds the runs
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """The content of `data/experiments/X.json`."""
-
-    tracking_uri: str
-    name: str  # of the MLflow experiment
-    key: str  # identifies it in any store
-    tags: dict[str, str]  # of the parent, copied to the children
-
-    @classmethod
-    def load(cls, path: Path) -> "Experiment":
-        try:
-            document = json.loads(path.read_text())
-            return cls(**{field.name: document[field.name] for field in fields(cls)})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise WindquantError(f"--experiment {path}: not readable ({error!r}); delete it and run again") from error
-
-    @property
-    def uri(self) -> str:
-        """The store: the environment's, or else the one of the file; a relative sqlite path made absolute."""
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or self.tracking_uri
-        database = store.sqlite_path(uri)
-        return f"sqlite:///{database}" if database else uri
 
 
 class Tracker:
@@ -120,7 +94,7 @@ class ChildRun(Tracker):
         with self._guard():
             self._journal = journal.Writer(
                 self._folder,
-                uri=without_password(self.uri),
+                uri=store.without_password(self.uri),
                 experiment=vars(experiment),
                 step=step,
                 name=name,
@@ -185,13 +159,13 @@ class ChildRun(Tracker):
         if writer.path.exists():
             reason = (state and state.problem) or f"no answer, see {journal.FOLDER / 'sender.log'}"
             _warn(
-                f"{without_password(self.uri)} does not take this run ({reason}); it is kept in {journal.FOLDER} for "
-                "the next step that reaches it, or for: python -m windquant sync"
+                f"{store.without_password(self.uri)} does not take this run ({reason}); it is kept in {journal.FOLDER} "
+                "for the next step that reaches it, or for: python -m windquant sync"
             )
         else:
             journal.state_path(writer.path).unlink(missing_ok=True)
         if state and state.refused:
-            _warn(f"{without_password(self.uri)} refused a part of this run ({state.refused})")
+            _warn(f"{store.without_password(self.uri)} refused a part of this run ({state.refused})")
         writer.close()
         self._journal = None
 
@@ -328,11 +302,6 @@ def source_tags(commit: str | None, dirty: bool | None) -> dict[str, str]:
     return tags
 
 
-def without_password(uri: str) -> str:
-    """The store's address without `user:password@`: journals and experiment files are no place for it."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
-
-
 def _warn(text: str) -> None:
     print("warning: MLflow:", " ".join(text.split())[:600], file=sys.stderr, flush=True)
 
@@ -341,7 +310,7 @@ def run(task: "Task", settings: Settings) -> None:
     """Write what the steps need to find their parent run. The run itself is made with the first of them."""
     tags = {"model": settings.model, "target_bits": settings.bits, "allocator": settings.allocator}
     document = Experiment(
-        tracking_uri=without_password(os.environ.get("MLFLOW_TRACKING_URI") or LOCAL),
+        tracking_uri=store.without_password(os.environ.get("MLFLOW_TRACKING_URI") or store.LOCAL),
         name=settings.name,
         key=uuid.uuid4().hex,
         tags={name: str(value) for name, value in tags.items() if value is not None},

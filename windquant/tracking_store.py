@@ -14,16 +14,21 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from windquant.errors import WindquantError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
     from windquant.journal import Event
 
+LOCAL = "sqlite:///mlflow.db"  # relative to the project, so that the experiment file means the same in a clone
 LOCK_SECONDS = 60.0  # to wait for another process that works on the store
 EXPERIMENT_TAG = "windquant.experiment"  # identifies an experiment in any store, whatever its run id there
 RUN_TAG = "windquant.run"  # the same for the run of a step
@@ -40,6 +45,31 @@ ENVIRONMENT = {
 # MLflow's own limits
 PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 6000, 8000, 36
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The content of `data/experiments/X.json`."""
+
+    tracking_uri: str
+    name: str  # of the MLflow experiment
+    key: str  # identifies it in any store
+    tags: dict[str, str]  # of the parent, copied to the children
+
+    @classmethod
+    def load(cls, path: Path) -> "Experiment":
+        try:
+            document = json.loads(path.read_text())
+            return cls(**{field.name: document[field.name] for field in fields(cls)})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise WindquantError(f"--experiment {path}: not readable ({error!r}); delete it and run again") from error
+
+    @property
+    def uri(self) -> str:
+        """The store: the environment's, or else the one of the file; a relative sqlite path made absolute."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or self.tracking_uri
+        database = sqlite_path(uri)
+        return f"sqlite:///{database}" if database else uri
 
 
 def load_mlflow() -> "type[MlflowClient]":
@@ -166,7 +196,10 @@ def log_artifact(client: "MlflowClient", run: str, path: Path, folder: str | Non
 
 
 def close_parent(client: "MlflowClient", experiment_id: str, parent: str, event: "Event") -> None:
-    """Log the experiment's key numbers on its run; its children get the tags too: filters of the UI need them."""
+    """Log the experiment's key numbers on its run; its children get the tags too: filters of the UI need them.
+
+    The run is closed when the step that made the result has ended well, not before.
+    """
     from mlflow.entities import RunTag
 
     tags = [RunTag(name, str(value)[:TAG_LENGTH]) for name, value in event["tags"].items()]
@@ -174,8 +207,13 @@ def close_parent(client: "MlflowClient", experiment_id: str, parent: str, event:
     log_params(client, parent, event["params"])
     for run in client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"):
         client.log_batch(run.info.run_id, tags=tags)
-    own = {CLOSED_TAG: "true", "mlflow.note.content": event["description"][:TAG_LENGTH]}
-    client.log_batch(parent, tags=[*tags, *(RunTag(*item) for item in own.items() if item[1])])
+    note = RunTag("mlflow.note.content", event["description"][:TAG_LENGTH])
+    client.log_batch(parent, tags=[*tags, note] if note.value else tags)
+
+
+def without_password(uri: str) -> str:
+    """The store's address without `user:password@`: journals and experiment files are no place for it."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 
 def sqlite_path(uri: str) -> Path | None:
