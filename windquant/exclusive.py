@@ -41,7 +41,11 @@ def claim(arguments: Sequence[str]) -> bool:
             raise WindquantError(f"{folder}: cannot be written to (read-only?); make it writable and run again")
     LOCK.parent.mkdir(exist_ok=True)
     file = LOCK.open("a+")
-    if not _lock(file):
+    try:
+        mine = _lock(file)
+    except OSError:  # a file system without locks: Snakemake's own must do
+        return True
+    if not mine:
         raise WindquantError(f"another snakemake works in {Path.cwd()}: {_holder(file)}")
     for path in RUNNING.glob("*.json"):
         with contextlib.suppress(FileNotFoundError), path.open("r+") as step:
