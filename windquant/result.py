@@ -125,13 +125,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that make experiments comparable in the MLflow UI, under dotted names."""
+    """The numbers that make experiments comparable in the MLflow UI, under dotted names: quality comes first there."""
     numbers = {
         "effective_bits": result["effective_bits"],
         "checkpoint_bits": result["checkpoint_bits"],
-        "seconds.total": sum(result["seconds"].values()),
-        "peak_memory_bytes.host": max(entry["host"] for entry in result["peak_memory_bytes"].values()),
-        "peak_memory_bytes.gpu": max(entry["gpu"] for entry in result["peak_memory_bytes"].values()),
+        "resources.seconds": sum(result["seconds"].values()),
+        "resources.host_memory_bytes": max(entry["host"] for entry in result["peak_memory_bytes"].values()),
+        "resources.gpu_memory_bytes": max(entry["gpu"] for entry in result["peak_memory_bytes"].values()),
     }
     for dataset, values in result["perplexity"].items():
         numbers |= {f"perplexity.{dataset}.{name}": value for name, value in values.items()}
