@@ -267,6 +267,7 @@ def test_settings_of_the_search_are_parameters_of_ppo_only() -> None:
     ppo, greedy = (set(result.parameters_of(manifests, allocator)) for allocator in ("ppo", "greedy"))
     assert {"allocation.chunk", "bank.chunk"} <= ppo
     assert ppo - greedy == {name for name in ppo if name.startswith("allocation.")}
+    assert greedy - ppo == {"allocation.allocator"}  # these plans have no such setting
 
 
 def test_comparison(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,7 @@ def parameters_of(manifests: Mapping[str, Manifest], allocator: str) -> dict[str
     """Every setting of every step, `<step>.<setting>`: the MLflow UI shows where experiments differ."""
     settings = {step: manifests[source].settings for step, source in STEPS.items()}
     if allocator != "ppo":  # the others do not read the settings of the search
-        del settings["allocation"]
+        settings["allocation"] = {"allocator": allocator}
     return {f"{step}.{name}": value for step, values in settings.items() for name, value in values.items()}
 
 
