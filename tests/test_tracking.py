@@ -169,7 +169,7 @@ def test_parent_and_child(capsys: pytest.CaptureFixture[str]) -> None:
         *("out", "plots/a.txt", "texts/a.txt")
     }
     assert (root / "out").read_text() == "result"
-    assert {path.name for path in Path("logs/tracking").iterdir()} <= {"sender.lock", "sender.log"}
+    assert {path.name for path in Path("logs/tracking").iterdir()} <= {"sender.lock", "sender.txt"}
 
 
 def test_git_commit_is_a_tag() -> None:
@@ -491,8 +491,8 @@ def test_an_mlflow_that_cannot_be_imported_costs_seconds(tmp_path: Path) -> None
     assert process.returncode == 0
     assert time.monotonic() - begin < 30
     assert len(errors) == 2
-    assert "no answer, see logs/tracking/sender.log" in errors[0]
-    assert "half an update" in Path("logs/tracking/sender.log").read_text()
+    assert "no answer, see logs/tracking/sender.txt" in errors[0]
+    assert "half an update" in Path("logs/tracking/sender.txt").read_text()
     assert len(journal.journals(Path("logs/tracking"))) == 2
 
 

@@ -157,7 +157,7 @@ class ChildRun(Tracker):
             self._patient = False  # who asked for an end shall not wait
         state = self._wait(lambda state: not writer.path.exists())
         if writer.path.exists():
-            reason = (state and state.problem) or f"no answer, see {journal.FOLDER / 'sender.log'}"
+            reason = (state and state.problem) or f"no answer, see {journal.FOLDER / 'sender.txt'}"
             _warn(
                 f"{store.without_password(self.uri)} does not take this run ({reason}); it is kept in {journal.FOLDER} "
                 "for the next step that reaches it, or for: python -m windquant sync"
@@ -237,7 +237,7 @@ def start_sender(folder: Path) -> bool:
 def _spawn(folder: Path) -> None:
     package = str(Path(__file__).resolve().parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    with (folder / "sender.log").open("w") as log:
+    with (folder / "sender.txt").open("w") as log:
         subprocess.Popen(
             [sys.executable, "-m", "windquant.sender", str(folder)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
