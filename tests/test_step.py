@@ -1,5 +1,6 @@
 """The frame of a step: command line, atomic output, manifest, errors, signals, cache."""
 
+import calendar
 import errno
 import hashlib
 import json
@@ -82,11 +83,31 @@ def test_output_and_manifest() -> None:
     assert found.git_commit is None  # tmp_path is no work tree
     assert found.mlflow_run_id is None
     assert found.notes == {"length": 2}
+    assert found.config_sha256 == manifest.config_sha256("demo", {"text": "hi", "tasks": []}, 7)
+    assert found.command.endswith("--output data/out --text hi --seed 7 --source in.txt --more in.txt")
+    assert abs(calendar.timegm(time.strptime(found.started, "%Y-%m-%dT%H:%M:%SZ")) - time.time()) < 60
+    assert found.machine["threads"] == str(os.cpu_count())
+    assert (found.code, found.lock) == ("", "")  # this module is not of the package, and was not called by a rule
     assert set(json.loads(Path("data/out.manifest.json").read_text())) == {
         *("step", "settings", "seed", "inputs", "output", "seconds", "peak_memory_bytes", "versions"),
         *("git_commit", "git_dirty", "mlflow_run_id", "notes"),
+        *("config_sha256", "code", "lock", "command", "started", "machine"),
     }
     assert names() == {"out", "out.manifest.json"}
+
+
+def test_code_and_lock_are_what_the_rule_says() -> None:
+    main(write, "--code", "c0de", "--lock", "10c4")
+    found = Manifest.load(Path("data/out"))
+    assert (found.code, found.lock) == ("c0de", "10c4")
+
+
+def test_manifest_of_an_earlier_version() -> None:
+    main()
+    path = Path("data/out.manifest.json")
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in document.items() if name not in ("code", "machine")}))
+    assert Manifest.load(Path("data/out")).code == ""
 
 
 def test_git_state() -> None:

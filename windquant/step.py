@@ -20,6 +20,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -52,6 +53,8 @@ class Frame:
 
     seed: int = 0  # of every random choice
     threads: int | None = None  # of the computation; none: all cores
+    code: str = ""  # digest of the code, for the manifest; empty: of the step's module and what it imports
+    lock: str = ""  # digest of the locked packages, for the manifest
 
 
 class Task:
@@ -147,7 +150,9 @@ def main(
     start = time.monotonic() - started
     try:
         arguments = _parse(step, settings, inputs, argv)
-        _run(step, run, settings_module.from_arguments(settings, arguments), inputs, arguments, start, light)
+        module = _module(run).removesuffix(".__main__") or step
+        command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
+        _run(step, run, settings_module.from_arguments(settings, arguments), inputs, arguments, start, light, command)
     except WindquantError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
@@ -201,6 +206,7 @@ def _run(
     arguments: argparse.Namespace,
     start: float,
     light: bool,
+    command: str,
 ) -> None:
     output: Path = arguments.output
     if not output.name:
@@ -246,6 +252,12 @@ def _run(
                 git_dirty=dirty,
                 mlflow_run_id=tracker.run_id,
                 notes=task.notes,
+                config_sha256=manifest.config_sha256(step, plain, arguments.seed),
+                code=arguments.code or code_digest(run),
+                lock=arguments.lock,
+                command=command,
+                started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - (time.monotonic() - start))),
+                machine=manifest.machine(arguments.threads),
             )
             json.dumps(document.notes)  # an error here leaves no artifact without a manifest
             tracker.metrics({"seconds": document.seconds, **_flat(document.peak_memory_bytes, "peak_memory_bytes")})
@@ -287,9 +299,14 @@ def cache_key(
 
 def code_digest(run: Callable[..., None]) -> str:
     """Digest of the step's module and what it imports, comments aside; empty outside of the package."""
-    spec = getattr(sys.modules.get(run.__module__), "__spec__", None)  # `python -m` keeps the real name there
-    name = spec.name if spec is not None else ""
+    name = _module(run)
     return dependencies.digest(name) if name.startswith(dependencies.PACKAGE + ".") else ""
+
+
+def _module(run: Callable[..., None]) -> str:
+    """Name of the module that `run` is of; `python -m` keeps the real one in its spec. Empty where there is none."""
+    spec = getattr(sys.modules.get(run.__module__), "__spec__", None)
+    return spec.name if spec is not None else ""
 
 
 def seed_everything(seed: int, torch: bool = True) -> None:

@@ -1,0 +1,60 @@
+"""Get what data.dvc names from the DVC remote, and the models that it was made from.
+
+python -m windquant pull
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from windquant.errors import WindquantError
+from windquant.reproduce import originals, records
+from windquant.reproduce.store import DATA, Store, md5
+from windquant.reproduce.travel import RESULTS, TRAVELLING_RECORDS, TRAVELLING_RESULTS, copy_changed
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m windquant pull", description="Get data/ and the results.")
+    parser.add_argument("--no-models", action="store_true", help="do not get the original models")
+    parser.add_argument("--force", action="store_true", help="replace what was never pushed")
+    given = parser.parse_args(arguments)
+    pull(Path(), models=not given.no_models, force=given.force)
+
+
+def pull(root: Path, models: bool = True, force: bool = False) -> None:
+    """Raises WindquantError if the remote lacks something, and before anything is lost that was never pushed."""
+    store = Store(root)
+    records.check_idle(root)
+    print(f"from remote {store.remote_name}")
+    count = store.fetch()
+    incoming = store.listing()
+    lost = [] if force else list(unsaved(store, incoming))
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise WindquantError(
+            f"{lost[0]}{more}: not pushed, and pull would remove it; `make push` first, on a branch of your own if "
+            "data.dvc has changed meanwhile, or `python -m windquant pull --force`"
+        )
+    store.checkout()
+    copy_changed(root / TRAVELLING_RESULTS, root / RESULTS)
+    for warning in originals.restore(root, fetch=models):
+        print(f"warning: {warning}", file=sys.stderr)
+    travelling = records.load(root / TRAVELLING_RECORDS)
+    records.write(root, travelling)
+    size = sum(path.stat().st_size for _, path in store.files()) / 1e6
+    print(f"{size:,.1f} MB in {len(incoming)} files, {count} of them new here")
+    for path in sorted((root / TRAVELLING_RESULTS).glob("*.manifest.json")):
+        print(f"  {RESULTS / path.name.removesuffix('.manifest.json')}")
+
+
+def unsaved(store: Store, incoming: dict[str, str]) -> Iterator[str]:
+    """Files that a pull would remove or replace and that are nowhere else: neither pushed from here nor pulled."""
+    for name, path in store.files():
+        digest = md5(path)
+        if incoming.get(name) != digest and not store.cached(digest):
+            yield f"{DATA}/{name}"
+    for path in sorted((store.root / RESULTS).rglob("*")):
+        name = (TRAVELLING_RESULTS / path.relative_to(store.root / RESULTS)).relative_to(DATA).as_posix()
+        if path.is_file() and name in incoming and incoming[name] != md5(path) and not store.cached(md5(path)):
+            yield path.relative_to(store.root).as_posix()
