@@ -113,6 +113,11 @@ class Store:
             if path.is_file() and not self.repo.dvcignore.is_ignored_file(str(path.absolute())):
                 yield path.relative_to(self.root / DATA).as_posix(), path
 
+    def differing(self) -> list[str]:
+        """Files of data/ that are not as in data.dvc: changed, missing or not in it."""
+        expected, found = self.listing(), {name: md5(path) for name, path in self.files()}
+        return sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+
     def cached(self, digest: str) -> bool:
         """Whether the content is in the cache: it was pushed from here, or pulled."""
         return self._object(digest).is_file()
