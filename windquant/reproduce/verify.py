@@ -110,8 +110,8 @@ def _reuse_models(root: Path, scratch: Path, targets: Sequence[str], cores: str)
 
     Their MLflow runs are made first: a model that is older than its run's file is not made again, one without is.
     """
-    commands = dryrun.plan(scratch, targets).commands
-    reused = [str(MODELS / path.name) for path in (root / MODELS).glob("*") if str(MODELS / path.name) in commands]
+    jobs = dryrun.plan(scratch, targets).jobs
+    reused = [str(MODELS / path.name) for path in (root / MODELS).glob("*") if str(MODELS / path.name) in jobs]
     reused = [name for name in reused if manifest_path(root / name).is_file()]
     if reused:
         _snakemake(scratch, [f"data/experiments/{Path(name).name}.json" for name in reused], cores)
@@ -126,7 +126,7 @@ def _reuse_models(root: Path, scratch: Path, targets: Sequence[str], cores: str)
         shutil.copy2(manifest_path(root / name), manifest_path(scratch / name))
         ours = (name, str(manifest_path(Path(name))))
         records.write(scratch, {artifact: known[artifact] for artifact in ours if artifact in known})
-    left = dryrun.plan(scratch, targets).commands
+    left = dryrun.plan(scratch, targets).jobs
     return [name for name in reused if name not in left]  # another configuration or version gets another model
 
 

@@ -8,7 +8,7 @@ it would run, and says in which setting, digest or input the command of now diff
 
 import argparse
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from windquant import manifest
@@ -21,6 +21,7 @@ from windquant.reproduce import dryrun
 SHORT = 12  # digits of a digest
 #: Flags that say where and how fast a step runs, not what it makes.
 WITHOUT_EFFECT = ("output", "experiment", "threads")
+NOT_GIVEN = "not given"
 NAMES = {"code": "code", "lock": "locked packages (requirements.lock)"}
 
 
@@ -92,19 +93,21 @@ def _origin(document: Manifest) -> Iterator[str]:
 
 
 def _tree(document: Manifest, indent: str, seen: set[str]) -> Iterator[str]:
-    """The inputs and theirs, each one told once."""
+    """The inputs and theirs, each one told once: what stands above already is only named."""
     for name, entry in document.inputs.items():
         path = Path(entry["path"])
-        text = f"{indent}{name}: {path}  {entry['sha256'][:SHORT]}"
         if str(path) in seen:
-            yield f"{text}  (see above)"
-        elif not manifest_path(path).is_file():
+            continue
+        seen.add(str(path))
+        text = f"{indent}{name}: {path}{'' if path.exists() else ' (no longer here)'}  {entry['sha256'][:SHORT]}"
+        if not manifest_path(path).is_file():
             yield text
-        else:
-            seen.add(str(path))
-            source = Manifest.load(path)
-            yield f"{text}  {source.step}, {source.started or 'unknown'}, {duration(source.seconds)}"
-            yield from _tree(source, indent + "  ", seen)
+            continue
+        source = Manifest.load(path)
+        above = ", ".join(other for other, known in source.inputs.items() if known["path"] in seen)
+        text += f"  {source.step}, {source.started or 'unknown'}, {duration(source.seconds)}"
+        yield text + f"; from {above} above" * bool(above)
+        yield from _tree(source, indent + "  ", seen)
     if not document.inputs:
         yield f"{indent}nothing of this project"
 
@@ -114,69 +117,45 @@ def _currency(artifact: Path, document: Manifest) -> Iterator[str]:
     damaged = artifact.exists() and manifest.sha256(artifact) != document.output["sha256"]
     if damaged:
         yield "damaged: its content is not what its manifest says; delete it and run again"
-    if not artifact.exists():
-        yield "deleted: only its manifest is left"
     try:
         plan = dryrun.plan(Path(), [str(artifact)])
     except WindquantError as error:
         yield f"not the workflow's: {error}"
         return
-    command = plan.commands.get(str(artifact))
-    if command is None and not plan.rules:
-        if not damaged:
-            yield "current: configuration, code and inputs are what they were"
+    if plan.rules:
+        yield "not current"
+        yield from (f"  {job.output}: {line}" for job in plan.jobs.values() if job.reason for line in _causes(job))
+        yield f"would run: {plan.text}"
         return
-    yield "not current"
-    differences = list(_differences(document, command or []))
-    yield from (f"  {line}" for line in differences or ["something that it is made from differs:"])
-    yield from (f"  {line}" for line in _causes(artifact, document, plan, set()))
-    yield f"would run: {plan.text}"
+    changed = list(_inputs(document))
+    yield from changed
+    if not damaged and not changed:
+        yield "current: configuration, code and inputs are what they were"
 
 
-def _causes(artifact: Path, document: Manifest, plan: dryrun.Plan, seen: set[str]) -> Iterator[str]:
-    """What differs further up, where the command has a reason of its own to run again."""
-    for entry in document.inputs.values():
-        path = Path(entry["path"])
-        command = plan.commands.get(str(path))
-        if command is None or str(path) in seen:
-            continue
-        seen.add(str(path))
-        if not manifest_path(path).is_file():
-            yield f"{path}: missing"
-            continue
-        source = Manifest.load(path)
-        if not path.exists():
-            yield f"{path}: missing"
-        yield from (f"{path}: {line}" for line in _differences(source, command))
-        yield from _causes(path, source, plan, seen)
+def _causes(job: dryrun.Job) -> Iterator[str]:
+    """Why a job would run, other than because of the jobs before it."""
+    path = Path(job.output)
+    if not path.exists() or not manifest_path(path).is_file():
+        yield "missing"
+        return
+    document = Manifest.load(path)
+    then, now = dryrun.flags(shlex.split(document.command)), dryrun.flags(job.command)
+    names = [name for name in [*now, *(name for name in then if name not in now)] if name not in WITHOUT_EFFECT]
+    lines = [
+        f"{NAMES.get(name, name)} was {_short(then.get(name, NOT_GIVEN))}, is {_short(now.get(name, NOT_GIVEN))}"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
+    yield from [*lines, *_inputs(document)] or [job.reason]
 
 
-def _differences(document: Manifest, command: Sequence[str]) -> Iterator[str]:
-    """Settings and digests in which the command of now differs from the manifest; inputs that have changed since."""
-    then, now = _flags(shlex.split(document.command)), _flags(command)
-    for name in [name for name in now if name not in WITHOUT_EFFECT and now[name] != then.get(name)]:
-        yield f"{NAMES.get(name, name)}: was {then.get(name, 'not given')}, is {now[name]}"
-    for name in [name for name in then if name not in WITHOUT_EFFECT and name not in now] if command else []:
-        yield f"{name}: was {then[name]}, is no longer given"
+def _inputs(document: Manifest) -> Iterator[str]:
+    """The inputs that are no longer what the artifact was made from."""
     for name, entry in document.inputs.items():
         path = Path(entry["path"])
-        if not path.exists():
-            yield f"{name} {path}: missing"
-        elif (digest := manifest.sha256(path)) != entry["sha256"]:
-            yield f"{name} {path}: was {entry['sha256'][:SHORT]}, is {digest[:SHORT]}"
-
-
-def _flags(command: Sequence[str]) -> Mapping[str, str]:
-    """{"steps": "30"} of [..., "--steps=30"] and of [..., "--steps", "30"]."""
-    flags: dict[str, list[str]] = {}
-    name = ""
-    for word in command:
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            flags[name] = [value] if value else []
-        elif name:
-            flags[name].append(word)
-    return {name: " ".join(values) for name, values in flags.items()}
+        if path.exists() and (digest := manifest.sha256(path)) != entry["sha256"]:
+            yield f"{name} {path} was {entry['sha256'][:SHORT]}, is {digest[:SHORT]}"
 
 
 def _short(value: object) -> str:
