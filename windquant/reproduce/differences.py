@@ -76,6 +76,8 @@ def compare(old: Path, new: Path, allowed: Tolerance) -> Verdict:
         return Verdict(DIFFERENT, " ".join(str(error).split()))
     if allowed == EXACT:
         return Verdict(DIFFERENT, "other bytes, same content")
+    if not worst:
+        return Verdict(EQUAL, "only what it says about its own making differs")
     return Verdict(EQUAL, f"at most {worst:.1e} apart (allowed: {allowed.text})")
 
 
@@ -113,10 +115,11 @@ def _values(old: Any, new: Any, allowed: Tolerance, where: str = "") -> Iterator
     """Compare JSON values, numbers within the tolerance."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
+            name = f"{where}.{key}" if where else str(key)
             if key in old and key in new:
-                yield from _values(old[key], new[key], allowed, f"{where}.{key}" if where else str(key))
+                yield from _values(old[key], new[key], allowed, name)
             else:
-                yield f"{where}.{key}: only in the {'old' if key in old else 'new'} one", None
+                yield f"{name}: only in the {'old' if key in old else 'new'} one", None
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, pair in enumerate(zip(old, new, strict=True)):
             yield from _values(*pair, allowed, f"{where}[{index}]")

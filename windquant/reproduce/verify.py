@@ -37,22 +37,24 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("results", nargs="*", type=Path, help="e.g. results/smollm2-135m_2.0bits.json; none: all here")
     parser.add_argument("--cores", default="all", help="for Snakemake; the number of threads decides the last bits")
+    parser.add_argument("--keep", action="store_true", help=f"keep what was made again, in {SCRATCH}")
     given = parser.parse_args(arguments)
     table = verify(Path(), given.results or _results(Path()), given.cores)
     if any(verdict.status in (differences.DIFFERENT, differences.MISSING) for verdict in table.values()):
         print(f"not reproduced; what was made again is in {SCRATCH}")
         sys.exit(1)
-    shutil.rmtree(SCRATCH)
+    if not given.keep:
+        shutil.rmtree(SCRATCH)
     print("reproduced")
 
 
 def verify(root: Path, results: Sequence[Path], cores: str = "all") -> dict[str, Verdict]:
-    """Artifact -> verdict, printed as a table. Leaves what was made again in SCRATCH.
+    """Artifact -> verdict, printed as a table. What was made again stays in SCRATCH.
 
-    Raises WindquantError if a result is not here to compare with, is damaged, or cannot be made again.
+    Raises WindquantError if a result is not here to compare with, or cannot be made again.
     """
     for path in results:
-        if not (root / path).is_file() or not manifest_path(root / path).is_file():
+        if not (root / path).exists() or not manifest_path(root / path).is_file():
             raise WindquantError(f"{path}: not here; `make pull` gets it, or `snakemake --cores all {path}` makes it")
     print(_version(root))
     scratch = root / SCRATCH
@@ -61,16 +63,26 @@ def verify(root: Path, results: Sequence[Path], cores: str = "all") -> dict[str,
     targets = [str(path) for path in results]
     reused = _reuse_models(root, scratch, targets, cores)
     _snakemake(scratch, targets, cores)
+    table = compare(root, scratch, reused)
+    show(table)
+    print(_machines(root, scratch, list(table)))
+    return table
+
+
+def compare(root: Path, scratch: Path, reused: Sequence[str]) -> dict[str, Verdict]:
+    """Artifact -> verdict, of all artifacts in `scratch`; a damaged one in `root` is different."""
     made = [name for name in records.read(scratch) if not name.endswith(".manifest.json")]
     table = {name: Verdict(REUSED, "digest checked") for name in reused}
     for name in Progress([name for name in made if name not in reused], label="comparing"):
         allowed = differences.tolerance(name)
-        if allowed is not None:
+        if allowed is None:
+            continue
+        try:
             if (root / name).exists():
                 manifest.verified_sha256(root / name)
             table[name] = differences.compare(root / name, scratch / name, allowed)
-    _show(table)
-    print(_machines(root, scratch, list(table)))
+        except WindquantError as error:
+            table[name] = Verdict(differences.DIFFERENT, str(error).removeprefix(f"{root / name}: "))
     return table
 
 
@@ -96,7 +108,7 @@ def _version(root: Path) -> str:
 def _link(root: Path, scratch: Path) -> None:
     """A project without artifacts: links to the code and configuration, and to files that those may name."""
     (scratch / MODELS).mkdir(parents=True)
-    skipped = {*OWN, SCRATCH.name, "mlflow.db", "mlflow.db.lock"}
+    skipped = {*OWN, SCRATCH.name}
     entries = [path for path in root.iterdir() if path.name not in skipped and not path.name.startswith("mlflow.db")]
     resources = root / MODELS.parent
     if resources.is_dir():
@@ -138,7 +150,7 @@ def _snakemake(scratch: Path, targets: Sequence[str], cores: str) -> None:
         raise WindquantError(f"{', '.join(targets)}: could not be made again; see above, and {scratch / 'logs'}")
 
 
-def _show(table: dict[str, Verdict]) -> None:
+def show(table: dict[str, Verdict]) -> None:
     width = max(map(len, table), default=0)
     print(f"{'artifact':<{width}}  verdict")
     for name, verdict in sorted(table.items()):
@@ -160,5 +172,5 @@ def _machines(root: Path, scratch: Path, names: Sequence[str]) -> str:
             if then.get(key) != now[key]
         ]
         if other:
-            return f"another kind of machine: bytes may differ ({'; '.join(other)})"
-    return "the same kind of machine: bytes should not differ"
+            return f"made on another kind of machine, or in other threads: bytes may differ ({'; '.join(other)})"
+    return "made on the same kind of machine: bytes should not differ"

@@ -7,6 +7,7 @@ it would run, and says in which setting, digest or input the command of now diff
 """
 
 import argparse
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -160,4 +161,6 @@ def _inputs(document: Manifest) -> Iterator[str]:
 
 def _short(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text[:SHORT]
     return text if len(text) <= 40 else f"{text[:37]}..."
