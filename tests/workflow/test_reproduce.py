@@ -10,40 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.workflow.commands import changed, hidden, refused, run, windquant
 from tests.workflow.conftest import BITS, GREEDY, LOCAL, MODEL, RESULT, Snakemake
 from tests.workflow.test_end_to_end import again
 from windquant.reproduce import differences
 
 BANK = f"data/bank/{MODEL}.safetensors"
-
-
-def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a clone; output and errors in `stdout`."""
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "DVC_SITE_CACHE_DIR": str(folder.parent / "site"), "PYTHONPATH": "", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-
-
-def windquant(folder: Path, *arguments: str, **environment: str) -> str:
-    done = run(folder, sys.executable, "-m", "windquant", *arguments, **environment)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def refused(folder: Path, *arguments: str, **environment: str) -> str:
-    """The one line that a command refuses with."""
-    done = run(folder, sys.executable, "-m", "windquant", *arguments, **environment)
-    assert done.returncode == 2, done.stdout
-    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stdout
-    assert "Traceback" not in done.stdout
-    return errors[0]
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -115,19 +87,6 @@ def test_changes_rerun_what_depends_on_them(colleague: Path, snakemake: Snakemak
     assert again(colleague, snakemake, RESULT, GREEDY) == {}
 
 
-class changed:
-    """A file with another content for a while."""
-
-    def __init__(self, path: Path, text: str) -> None:
-        self.path, self.text, self.before = path, text, path.read_text()
-
-    def __enter__(self) -> None:
-        self.path.write_text(self.text)
-
-    def __exit__(self, *error: object) -> None:
-        self.path.write_text(self.before)
-
-
 def test_models_do_not_travel_and_come_back(author: Path, colleague: Path, snakemake: Snakemake) -> None:
     remote = sum(path.stat().st_size for path in (author.parent / "windquant-remote").rglob("*") if path.is_file())
     data = sum(path.stat().st_size for path in (author / "data").rglob("*") if path.is_file())
@@ -142,14 +101,6 @@ def test_models_do_not_travel_and_come_back(author: Path, colleague: Path, snake
     assert "warning" not in windquant(colleague, "pull")
     with hidden(colleague / RESULT):
         assert again(colleague, snakemake, RESULT) == {"result": 1}
-
-
-class hidden(changed):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "")
-
-    def __enter__(self) -> None:
-        self.path.unlink()
 
 
 def test_pull_keeps_what_was_never_pushed(author: Path) -> None:
