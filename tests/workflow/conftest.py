@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from filelock import FileLock
+
+from windquant import journal
 
 ROOT = Path(__file__).resolve().parents[2]
 BITS = "4.0"  # at this size the metadata alone takes more than a bit
@@ -121,13 +124,21 @@ def finished_once(
             (made / "config" / "config.yaml").write_text(yaml.safe_dump(tiny_config(Path(LOCAL))))
             done = snakemake(made, RESULT, GREEDY)
             assert done.returncode == 0, done.stdout[-5000:]
+            deadline = time.monotonic() + 60
+            while list((made / journal.FOLDER).glob(f"*{journal.SUFFIX}")):  # runs on their way into the MLflow store
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
             note.write_text(str(made))
     return Path(note.read_text())
 
 
 @pytest.fixture(scope="module")
 def finished(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which the tiny model's results for PPO and greedy have been made; its model and text are in LOCAL."""
+    """A clone in which the tiny model's results for PPO and greedy have been made; its model and text are in LOCAL.
+
+    The MLflow store is not copied: somebody may be writing to it.
+    """
     folder = tmp_path_factory.mktemp("finished") / "clone"
-    shutil.copytree(finished_once, folder, symlinks=True)
+    ignored = shutil.ignore_patterns("mlflow.db*", "mlartifacts", journal.FOLDER.name)
+    shutil.copytree(finished_once, folder, symlinks=True, ignore=ignored)
     return folder

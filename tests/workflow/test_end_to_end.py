@@ -32,10 +32,10 @@ def test_result_and_everything_on_the_way(finished: Path) -> None:
     assert not list(finished.rglob("*.partial-*"))
 
 
-def test_tracking_has_a_run_for_every_step(finished: Path) -> None:
+def test_tracking_has_a_run_for_every_step(finished_once: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{finished_once / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, max_results=1000)
     assert {run.info.status for run in runs if "step" in run.data.tags} == {"FINISHED"}

@@ -1,5 +1,6 @@
 """Author and colleague: two clones and a remote, what the second one finds, and what it makes again after a change."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from tests.workflow.commands import changed, hidden, refused, run, windquant
 from tests.workflow.conftest import BITS, GREEDY, LOCAL, MODEL, RESULT, Snakemake
 from tests.workflow.test_end_to_end import again
+from windquant import exclusive
 from windquant.reproduce import differences
 
 BANK = f"data/bank/{MODEL}.safetensors"
@@ -139,13 +141,11 @@ def test_push_refuses_damage_and_a_busy_folder(author: Path) -> None:
     plan = broken / f"data/plans/{MODEL}_{BITS}bits.ppo.json"
     with changed(plan, "{}"):
         assert f"{plan.relative_to(broken)}: damaged, or changed since it was made" in refused(broken, "push")
-    lock = broken / ".snakemake" / "locks" / "0.output.lock"
-    lock.parent.mkdir(exist_ok=True)
-    lock.write_text("x")
-    for command in ("push", "pull"):
-        assert "Snakemake is at work here; wait for it. If it was killed: snakemake --unlock" in refused(
-            broken, command
-        )
+    with (broken / exclusive.LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in ("push", "pull"):
+            assert f"another snakemake works in {broken}" in refused(broken, command)
+    windquant(broken, "pull")
 
 
 def test_a_failed_push_leaves_data_dvc(author: Path) -> None:

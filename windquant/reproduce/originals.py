@@ -51,7 +51,5 @@ def _get(root: Path, name: str, document: Manifest) -> None:
     if values.get("source") == "hub":
         values["revision"] = document.notes["revision"]
     command = [sys.executable, "-m", "windquant.models", "--output", str(MODELS / name), *settings.to_flags(values)]
-    done = subprocess.run(command, cwd=root, text=True, stderr=subprocess.PIPE)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        raise WindquantError(lines[-1].removeprefix("error: "))
+    if subprocess.run(command, cwd=root).returncode:  # it shows its progress, and its own reason
+        raise WindquantError("could not be got, see above")

@@ -4,10 +4,12 @@ python -m windquant pull
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from windquant import exclusive, integrity
 from windquant.errors import WindquantError
 from windquant.reproduce import originals, records
 from windquant.reproduce.store import DATA, Store, md5
@@ -23,9 +25,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def pull(root: Path, models: bool = True, force: bool = False) -> None:
-    """Raises WindquantError if the remote lacks something, and before anything is lost that was never pushed."""
+    """Raises WindquantError if the remote lacks something, and before anything is lost that was never pushed.
+
+    `root` is the current folder, as it is for Snakemake, which cannot work there meanwhile.
+    """
     store = Store(root)
-    records.check_idle(root)
+    exclusive.claim([])
     print(f"from remote {store.remote_name}")
     count = store.fetch()
     incoming = store.listing()
@@ -36,6 +41,7 @@ def pull(root: Path, models: bool = True, force: bool = False) -> None:
             f"{lost[0]}{more}: not pushed, and pull would remove it; `make push` first, on a branch of your own if "
             "data.dvc has changed meanwhile, or `python -m windquant pull --force`"
         )
+    shutil.rmtree(root / integrity.MEMORY, ignore_errors=True)  # what follows changes artifacts on purpose
     store.checkout()
     copy_changed(root / TRAVELLING_RESULTS, root / RESULTS)
     for warning in originals.restore(root, fetch=models):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from windquant import atomic, manifest
+from windquant import atomic, exclusive, manifest
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.progress import Progress
@@ -29,9 +29,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def push(root: Path) -> None:
-    """Raises WindquantError for damaged data, and where the remote cannot be used; data.dvc is then as it was."""
+    """Raises WindquantError for damaged data, and where the remote cannot be used; data.dvc is then as it was.
+
+    `root` is the current folder, as it is for Snakemake, which cannot work there meanwhile.
+    """
     store = Store(root)
-    records.check_idle(root)
+    exclusive.claim([])
     print(f"to remote {store.remote_name}")
     artifacts = {name: record for name, record in records.read(root).items() if _travels(root, name)}
     if not any(manifest_path(root / name).exists() for name in artifacts):

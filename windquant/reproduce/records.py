@@ -17,7 +17,7 @@ from windquant.errors import WindquantError
 
 Record = dict[str, Any]
 STATE = Path(".snakemake")
-METADATA, INCOMPLETE, LOCKS = STATE / "metadata", STATE / "incomplete", STATE / "locks"
+METADATA, INCOMPLETE = STATE / "metadata", STATE / "incomplete"
 NAME_LENGTH = 255  # Snakemake cuts longer names into folders
 
 
@@ -74,11 +74,3 @@ def load(path: Path) -> dict[str, Record]:
             f"{path}: no readable records of Snakemake ({error}); the author sends them with `make push`"
         ) from error
     return records
-
-
-def check_idle(root: Path) -> None:
-    """WindquantError while Snakemake works in the project, or after one that was killed."""
-    if any((root / LOCKS).glob("*")):
-        raise WindquantError(
-            f"{root / LOCKS}: Snakemake is at work here; wait for it. If it was killed: snakemake --unlock"
-        )

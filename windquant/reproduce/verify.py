@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"not reproduced; what was made again is in {SCRATCH}")
         sys.exit(1)
     if not given.keep:
-        shutil.rmtree(SCRATCH)
+        _clear(SCRATCH)
     print("reproduced")
 
 
@@ -58,7 +59,7 @@ def verify(root: Path, results: Sequence[Path], cores: str = "all") -> dict[str,
             raise WindquantError(f"{path}: not here; `make pull` gets it, or `snakemake --cores all {path}` makes it")
     print(_version(root))
     scratch = root / SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
+    _clear(scratch)
     _link(root, scratch)
     targets = [str(path) for path in results]
     reused = _reuse_models(root, scratch, targets, cores)
@@ -103,6 +104,13 @@ def _version(root: Path) -> str:
     if differing:
         return f"data/ differs from data.dvc in {len(differing)} files, e.g. {differing[0]}: comparing with data/"
     return f"data/ is the version in data.dvc ({store.version[:12]})"
+
+
+def _clear(scratch: Path) -> None:
+    """Remove the scratch folder, which the sender of its MLflow runs may still write to for a moment."""
+    deadline = time.monotonic() + 10
+    while scratch.exists():
+        shutil.rmtree(scratch, ignore_errors=time.monotonic() < deadline)
 
 
 def _link(root: Path, scratch: Path) -> None:
