@@ -16,6 +16,7 @@ from tests.workflow.conftest import BITS, GREEDY, LOCAL, MODEL, RESULT, Snakemak
 from tests.workflow.test_end_to_end import again
 from windquant import exclusive
 from windquant.reproduce import differences
+from windquant.reproduce.store import md5
 
 BANK = f"data/bank/{MODEL}.safetensors"
 
@@ -70,6 +71,9 @@ def test_deleted_result_is_made_again_alone(author: Path, colleague: Path, snake
     verdict = differences.compare(author / RESULT, colleague / RESULT, differences.TOLERANCES["results"])
     assert verdict.detail == "only what it says about its own making differs"
     assert again(colleague, snakemake, RESULT, GREEDY) == {}
+    assert RESULT in refused(colleague, "pull"), "made here and not pushed"
+    windquant(colleague, "pull", "--force")
+    assert (colleague / RESULT).read_bytes() == (author / RESULT).read_bytes()
 
 
 def test_changes_rerun_what_depends_on_them(colleague: Path, snakemake: Snakemake) -> None:
@@ -181,12 +185,10 @@ def test_reasons_of_a_pull_that_cannot_work(author: Path) -> None:
 
 
 def test_one_file_missing_in_the_remote(author: Path) -> None:
-    remote = author.parent / "windquant-remote"
     copy = author.parent / "incomplete"
-    shutil.copytree(remote, copy)
-    largest = max((path for path in copy.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    largest.chmod(0o644)
-    largest.unlink()
+    shutil.copytree(author.parent / "windquant-remote", copy)
+    digest = md5(author / BANK)
+    (copy / "files" / "md5" / digest[:2] / digest[2:]).unlink()
     new = cloned(author, "late")
     (new / ".dvc" / "config.local").write_text("['remote \"local\"']\n    url = ../../incomplete\n")
     assert f"remote local ({copy}): lacks 1 file of the version in data.dvc" in refused(new, "pull")
@@ -226,6 +228,9 @@ def test_remote_on_s3(author: Path, s3: str, snakemake: Snakemake, tmp_path: Pat
         (author / ".dvc" / "config.local").unlink()
     reader = cloned(author, "reader-of-s3")
     (reader / ".dvc" / "config.local").write_text(remote)
-    assert "remote s3" in refused(reader, "pull", AWS_ACCESS_KEY_ID="", AWS_CONFIG_FILE=os.devnull, HOME=str(tmp_path))
+    nobody = {"AWS_ACCESS_KEY_ID": "", "AWS_CONFIG_FILE": os.devnull, "HOME": str(tmp_path)}
+    assert "(s3://experiments/windquant): Unable to locate credentials" in refused(reader, "pull", **nobody)
+    with changed(reader / ".dvc" / "config.local", remote.replace(s3, "http://127.0.0.1:9")):
+        assert "Could not connect to the endpoint URL" in refused(reader, "pull", **keys)
     windquant(reader, "pull", **keys)
     assert again(reader, snakemake, RESULT, GREEDY) == {}

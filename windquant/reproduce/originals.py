@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from windquant import atomic, manifest, settings
+from windquant import atomic, integrity, manifest, settings
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -38,6 +38,7 @@ def restore(root: Path, fetch: bool) -> Iterator[str]:
                 yield f"{artifact}: not here; `make pull` gets it. A step that needs it would get it and make all anew"
             elif manifest.sha256(artifact) == document.output["sha256"]:
                 atomic.write_text(manifest_path(artifact), travelling.read_text())
+                integrity.remember(artifact)
             else:
                 yield f"{artifact}: not the model that the data were made from; delete it and `make pull` again"
         except WindquantError as error:

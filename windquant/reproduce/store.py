@@ -29,8 +29,10 @@ class Store:
             raise WindquantError(f"{root.resolve()}: not a git clone; data are versioned by git and DVC together")
         if not (root / ".dvc" / "config").is_file():
             raise WindquantError(f"{root.resolve()}: not this project's folder (it has no .dvc/config)")
-        for logger in ("dvc", "dvc_data", "dvc_objects"):
-            logging.getLogger(logger).setLevel(logging.CRITICAL)  # errors are raised as well
+        self._reasons = _Reasons()
+        for name in ("dvc", "dvc_data", "dvc_objects"):
+            logger = logging.getLogger(name)
+            logger.handlers, logger.propagate = [self._reasons], False
         from dvc.repo import Repo
 
         with self._errors():
@@ -85,6 +87,7 @@ class Store:
                 f"remote {self.remote_name}: no such folder; put the clone beside the author's, or say where it is: "
                 f"`dvc remote modify --local {self.remote.name} url FOLDER`, {HELP}"
             )
+        _ = self.version  # there is something to fetch
         with self._errors(f"remote {self.remote_name}"):
             count = int(self.repo.fetch(targets=[str(self.file)]))
         missing = [name for name, digest in self.listing().items() if not self.cached(digest)]
@@ -148,12 +151,27 @@ class Store:
                 "the DVC remote needs a package that is not installed: `pip install '.[s3]'` for s3://, "
                 f"otherwise dvc-ssh, dvc-gs, dvc-azure ({_line(error)})"
             ) from error
-        except DownloadError as error:
-            raise self._incomplete(error.amount) from error
-        except UploadError as error:
+        except (DownloadError, UploadError) as error:
+            if self._reasons.first:  # no connection, no permission
+                raise WindquantError(f"{where}: {self._reasons.first}, {HELP}") from error
+            if isinstance(error, DownloadError):
+                raise self._incomplete(error.amount) from error
             raise WindquantError(f"{where}: {error.amount} files could not be sent; run `make push` again") from error
         except Exception as error:  # of DVC, or of the library that speaks to the remote
             raise WindquantError(f"{where}: {_line(error)} ({type(error).__name__})") from error
+
+
+class _Reasons(logging.Handler):
+    """DVC says in its log why a transfer failed, and raises no more than the number of files."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.first = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        cause = record.exc_info[1] if record.exc_info else None
+        if cause is not None and not isinstance(cause, FileNotFoundError) and not self.first:
+            self.first = _line(cause)
 
 
 def md5(path: Path) -> str:
