@@ -30,11 +30,11 @@ class Store:
         if not (root / ".dvc" / "config").is_file():
             raise WindquantError(f"{root.resolve()}: not this project's folder (it has no .dvc/config)")
         self._reasons = _Reasons()
+        from dvc.repo import Repo  # sets up DVC's logging
+
         for name in ("dvc", "dvc_data", "dvc_objects"):
             logger = logging.getLogger(name)
             logger.handlers, logger.propagate = [self._reasons], False
-        from dvc.repo import Repo
-
         with self._errors():
             self.repo = Repo(str(root))
         self.repo.scm_context.quiet = True  # it would say what to commit; the caller does
