@@ -1,9 +1,11 @@
 """Author and colleague: two clones and a remote, what the second one finds, and what it makes again after a change."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,6 +195,22 @@ def test_one_file_missing_in_the_remote(author: Path) -> None:
     (new / ".dvc" / "config.local").write_text("['remote \"local\"']\n    url = ../../incomplete\n")
     assert f"remote local ({copy}): lacks 1 file of the version in data.dvc" in refused(new, "pull")
     assert not (new / "data").exists(), "all or nothing"
+
+
+def test_killed_pulls_are_completed(author: Path, snakemake: Snakemake) -> None:
+    patient = cloned(author, "patient")
+    pull = [sys.executable, "-m", "windquant", "pull"]
+    environment = {**os.environ, "DVC_SITE_CACHE_DIR": str(patient.parent / "site"), "PYTHONPATH": ""}
+    for seconds in (0.5, 0.6, 0.7, 0.8, 1.0, 1.5):
+        with subprocess.Popen(pull, cwd=patient, env=environment, start_new_session=True) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            os.killpg(process.pid, signal.SIGKILL)
+    (patient / "data").mkdir(exist_ok=True)
+    (patient / "data" / ".half-a-file.tmp").write_text("x")
+    windquant(patient, "pull")
+    assert not (patient / "data" / ".half-a-file.tmp").exists()
+    assert again(patient, snakemake, RESULT, GREEDY) == {}
 
 
 @pytest.fixture

@@ -96,7 +96,12 @@ class Store:
         return count
 
     def checkout(self) -> None:
-        """Make data/ what data.dvc names. Whatever else it holds goes: ask `listing` before."""
+        """Make data/ what data.dvc names. Whatever else it holds goes: ask `listing` before.
+
+        Every file is written beside and renamed; what a killed call left of that goes first.
+        """
+        for path in (self.root / DATA).rglob(".*.tmp"):
+            path.unlink()
         with self._errors():
             self.repo.checkout(targets=[str(self.file)], force=True)
 
