@@ -193,7 +193,7 @@ def test_one_file_missing_in_the_remote(author: Path) -> None:
     (copy / "files" / "md5" / digest[:2] / digest[2:]).unlink()
     new = cloned(author, "late")
     (new / ".dvc" / "config.local").write_text("['remote \"local\"']\n    url = ../../incomplete\n")
-    assert f"remote local ({copy}): lacks 1 file of the version in data.dvc" in refused(new, "pull")
+    assert f"remote local ({copy}): lacks {BANK}, of version " in refused(new, "pull")
     assert not (new / "data").exists(), "all or nothing"
 
 
@@ -246,7 +246,7 @@ def test_remote_on_s3(author: Path, s3: str, snakemake: Snakemake, tmp_path: Pat
         (author / ".dvc" / "config.local").unlink()
     reader = cloned(author, "reader-of-s3")
     (reader / ".dvc" / "config.local").write_text(remote)
-    nobody = {"AWS_ACCESS_KEY_ID": "", "AWS_CONFIG_FILE": os.devnull, "HOME": str(tmp_path)}
+    nobody = {"AWS_ACCESS_KEY_ID": "", "HOME": str(tmp_path)}
     assert "(s3://experiments/windquant): Unable to locate credentials" in refused(reader, "pull", **nobody)
     with changed(reader / ".dvc" / "config.local", remote.replace(s3, "http://127.0.0.1:9")):
         assert "Could not connect to the endpoint URL" in refused(reader, "pull", **keys)

@@ -56,8 +56,8 @@ def write(root: Path, records: dict[str, Record]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, json.dumps(record))
         (root / INCOMPLETE / record_path(artifact)).unlink(missing_ok=True)
-        if (root / artifact).is_file():
-            os.utime(root / artifact, (record["endtime"], record["endtime"]))
+        if (root / artifact).is_file() and (time := record.get("endtime")):
+            os.utime(root / artifact, (time, time))
 
 
 def save(path: Path, records: dict[str, Record]) -> None:

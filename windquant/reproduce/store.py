@@ -90,9 +90,8 @@ class Store:
         _ = self.version  # there is something to fetch
         with self._errors(f"remote {self.remote_name}"):
             count = int(self.repo.fetch(targets=[str(self.file)]))
-        missing = [name for name, digest in self.listing().items() if not self.cached(digest)]
-        if missing:
-            raise self._incomplete(len(missing))
+        if not all(map(self.cached, self.listing().values())):
+            raise self._incomplete()
         return count
 
     def checkout(self) -> None:
@@ -111,7 +110,7 @@ class Store:
         try:
             return {entry["relpath"]: entry["md5"] for entry in json.loads(path.read_text())}
         except FileNotFoundError:
-            raise self._incomplete(1) from None
+            raise self._incomplete() from None
         except (ValueError, LookupError, TypeError) as error:
             raise WindquantError(f"{path}: damaged; delete it and run again") from error
 
@@ -133,10 +132,16 @@ class Store:
     def _object(self, digest: str) -> Path:
         return Path(self.repo.cache.local.path) / digest[:2] / digest[2:]
 
-    def _incomplete(self, count: int) -> WindquantError:
+    def _incomplete(self) -> WindquantError:
+        """What the remote has not sent of the version in data.dvc."""
+        missing = f"version {self.version[:12]} of data.dvc"
+        if self.cached(self.version):
+            names = [f"{DATA}/{name}" for name, digest in self.listing().items() if not self.cached(digest)]
+            if not names:
+                return WindquantError(f"remote {self.remote_name}: a transfer broke off; run this again")
+            missing = f"{names[0]}{f' and {len(names) - 1} more files' * (len(names) > 1)}, of {missing}"
         return WindquantError(
-            f"remote {self.remote_name}: lacks {count} file{'s' * (count > 1)} of the version in data.dvc; its author "
-            "has to run `make push`, to this remote"
+            f"remote {self.remote_name}: lacks {missing}; its author has to run `make push`, to this remote"
         )
 
     @contextlib.contextmanager
@@ -160,7 +165,7 @@ class Store:
             if self._reasons.first:  # no connection, no permission
                 raise WindquantError(f"{where}: {self._reasons.first}, {HELP}") from error
             if isinstance(error, DownloadError):
-                raise self._incomplete(error.amount) from error
+                raise self._incomplete() from error
             raise WindquantError(f"{where}: {error.amount} files could not be sent; run `make push` again") from error
         except Exception as error:  # of DVC, or of the library that speaks to the remote
             raise WindquantError(f"{where}: {_line(error)} ({type(error).__name__})") from error

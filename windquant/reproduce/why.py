@@ -125,7 +125,7 @@ def _currency(artifact: Path, document: Manifest) -> Iterator[str]:
         return
     if plan.rules:
         yield "not current"
-        yield from (f"  {job.output}: {line}" for job in plan.jobs.values() if job.reason for line in _causes(job))
+        yield from (f"  {job.output}: {line}" for job in plan.jobs.values() for line in _causes(job))
         yield f"would run: {plan.text}"
         return
     changed = list(_inputs(document))
@@ -135,7 +135,7 @@ def _currency(artifact: Path, document: Manifest) -> Iterator[str]:
 
 
 def _causes(job: dryrun.Job) -> Iterator[str]:
-    """Why a job would run, other than because of the jobs before it."""
+    """Why a job would run, other than because of the jobs before it. Snakemake names the first such jobs only."""
     path = Path(job.output)
     if not path.exists() or not manifest_path(path).is_file():
         yield "missing"
@@ -148,7 +148,7 @@ def _causes(job: dryrun.Job) -> Iterator[str]:
         for name in names
         if then.get(name) != now.get(name)
     ]
-    yield from [*lines, *_inputs(document)] or [job.reason]
+    yield from [*lines, *_inputs(document)] or filter(None, [job.reason])
 
 
 def _inputs(document: Manifest) -> Iterator[str]:
