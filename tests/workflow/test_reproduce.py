@@ -163,6 +163,10 @@ def test_a_failed_push_leaves_data_dvc(author: Path) -> None:
     (unlucky / ".dvc" / "config.local").write_text(f"['remote \"local\"']\n    url = {remote}\n")
     assert f"remote local ({remote})" in refused(unlucky, "push")
     assert (unlucky / "data.dvc").read_text() == before
+    (unlucky / ".dvc" / "config.local").unlink()
+    assert "data/plans/note.txt: not pushed" in refused(unlucky, "pull"), "though DVC's cache holds it"
+    windquant(unlucky, "push")
+    windquant(unlucky, "pull")
 
 
 def test_reasons_of_a_pull_that_cannot_work(author: Path) -> None:

@@ -50,7 +50,7 @@ def _get(root: Path, name: str, document: Manifest) -> None:
     print(f"getting the model {name}", file=sys.stderr, flush=True)
     values = dict(document.settings)
     if values.get("source") == "hub":
-        values["revision"] = document.notes["revision"]
+        values["revision"] = document.notes.get("revision") or values["revision"]
     command = [sys.executable, "-m", "windquant.models", "--output", str(MODELS / name), *settings.to_flags(values)]
     if subprocess.run(command, cwd=root).returncode:  # it shows its progress, and its own reason
         raise WindquantError("could not be got, see above")

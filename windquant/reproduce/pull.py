@@ -12,7 +12,7 @@ from pathlib import Path
 from windquant import exclusive, integrity
 from windquant.errors import WindquantError
 from windquant.reproduce import originals, records
-from windquant.reproduce.store import DATA, Store, md5
+from windquant.reproduce.store import Store, md5
 from windquant.reproduce.travel import RESULTS, TRAVELLING_RECORDS, TRAVELLING_RESULTS, copy_changed
 
 
@@ -56,11 +56,12 @@ def pull(root: Path, models: bool = True, force: bool = False) -> None:
 
 def unsaved(store: Store, incoming: dict[str, str]) -> Iterator[str]:
     """Files that a pull would remove or replace and that are nowhere else: neither pushed from here nor pulled."""
-    for name, path in store.files():
+    here = {name: path for name, path in store.files()}
+    for path in sorted((store.root / RESULTS).glob("*")):
+        name = f"{TRAVELLING_RESULTS.name}/{path.name}"
+        if path.is_file() and name in incoming:
+            here[name] = path  # not the copy that travels
+    for name, path in here.items():
         digest = md5(path)
-        if incoming.get(name) != digest and not store.cached(digest):
-            yield f"{DATA}/{name}"
-    for path in sorted((store.root / RESULTS).rglob("*")):
-        name = (TRAVELLING_RESULTS / path.relative_to(store.root / RESULTS)).relative_to(DATA).as_posix()
-        if path.is_file() and name in incoming and incoming[name] != md5(path) and not store.cached(md5(path)):
+        if incoming.get(name) != digest and not store.safe(digest):
             yield path.relative_to(store.root).as_posix()

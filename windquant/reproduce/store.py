@@ -72,13 +72,17 @@ class Store:
 
     def add(self) -> None:
         """Take the content of data/ into the cache and write its digest to data.dvc."""
+        self.unsent.parent.mkdir(exist_ok=True)
+        self.unsent.touch()
         with self._errors():
             self.repo.add([str(self.root / DATA)])
 
     def push(self) -> int:
         """Send what the remote lacks of the version in data.dvc; the number of files sent."""
         with self._errors(f"remote {self.remote_name}"):
-            return int(self.repo.push(targets=[str(self.file)]))
+            count = int(self.repo.push(targets=[str(self.file)]))
+        self.unsent.unlink(missing_ok=True)
+        return count
 
     def fetch(self) -> int:
         """Bring the version in data.dvc into the cache; the number of files that came."""
@@ -103,6 +107,7 @@ class Store:
             path.unlink()
         with self._errors():
             self.repo.checkout(targets=[str(self.file)], force=True)
+        self.unsent.unlink(missing_ok=True)
 
     def listing(self) -> dict[str, str]:
         """File in data/ -> MD5, of the version in data.dvc, which must be in the cache."""
@@ -125,8 +130,16 @@ class Store:
         expected, found = self.listing(), {name: md5(path) for name, path in self.files()}
         return sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
 
+    @property
+    def unsent(self) -> Path:
+        """A mark that is there from before `add` until `push` is through: the cache holds what no remote has."""
+        return self.root / ".dvc" / "tmp" / "unsent"
+
+    def safe(self, digest: str) -> bool:
+        """Whether the content was pushed from here, or pulled."""
+        return self.cached(digest) and not self.unsent.exists()
+
     def cached(self, digest: str) -> bool:
-        """Whether the content is in the cache: it was pushed from here, or pulled."""
         return self._object(digest).is_file()
 
     def _object(self, digest: str) -> Path:
