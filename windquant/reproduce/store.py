@@ -146,15 +146,9 @@ class Store:
         return Path(self.repo.cache.local.path) / digest[:2] / digest[2:]
 
     def _incomplete(self) -> WindquantError:
-        """What the remote has not sent of the version in data.dvc."""
-        missing = f"version {self.version[:12]} of data.dvc"
-        if self.cached(self.version):
-            names = [f"{DATA}/{name}" for name, digest in self.listing().items() if not self.cached(digest)]
-            if not names:
-                return WindquantError(f"remote {self.remote_name}: a transfer broke off; run this again")
-            missing = f"{names[0]}{f' and {len(names) - 1} more files' * (len(names) > 1)}, of {missing}"
         return WindquantError(
-            f"remote {self.remote_name}: lacks {missing}; its author has to run `make push`, to this remote"
+            f"remote {self.remote_name}: lacks files of the version in data.dvc ({self.version[:12]}); its author has to "
+            "run `make push`, to this remote"
         )
 
     @contextlib.contextmanager
