@@ -147,8 +147,8 @@ class Store:
 
     def _incomplete(self) -> WindquantError:
         return WindquantError(
-            f"remote {self.remote_name}: lacks files of the version in data.dvc ({self.version[:12]}); its author has to "
-            "run `make push`, to this remote"
+            f"remote {self.remote_name}: lacks files of the version in data.dvc ({self.version[:12]}); "
+            "its author has to run `make push`, to this remote"
         )
 
     @contextlib.contextmanager
