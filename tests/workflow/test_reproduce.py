@@ -209,7 +209,8 @@ def test_killed_pulls_are_completed(author: Path, snakemake: Snakemake) -> None:
         with subprocess.Popen(pull, cwd=patient, env=environment, start_new_session=True) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # done already
+                os.killpg(process.pid, signal.SIGKILL)
     (patient / "data").mkdir(exist_ok=True)
     (patient / "data" / ".half-a-file.tmp").write_text("x")
     windquant(patient, "pull")
