@@ -18,7 +18,14 @@ from windquant.errors import WindquantError
 from windquant.progress import Progress
 from windquant.reproduce import dryrun, originals, records
 from windquant.reproduce.store import DATA, Store
-from windquant.reproduce.travel import MODELS, RESULTS, TRAVELLING_RECORDS, TRAVELLING_RESULTS, copy_changed
+from windquant.reproduce.travel import (
+    MODELS,
+    RESULTS,
+    TRAVELLING_RECORDS,
+    TRAVELLING_RESULTS,
+    copy_changed,
+    whole_files,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -73,7 +80,7 @@ def _travels(root: Path, artifact: str) -> bool:
 
 def _mirror(source: Path, target: Path) -> None:
     """Make `target` hold the finished results of `source`, and nothing else."""
-    names = {path.name for path in source.glob("*") if path.is_file() and atomic.MARK not in path.name}
+    names = {path.name for path in whole_files(source)}
     if not names and any(target.glob("*")):
         raise WindquantError(f"{source}: empty, though {target} holds results; `make pull` brings them back")
     for path in target.glob("*"):

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from windquant import atomic
+from windquant import atomic, integrity
 from windquant.reproduce.store import md5
 
 RESULTS = Path("results")
@@ -15,8 +15,15 @@ TRAVELLING_RECORDS = Path("data/snakemake.json")
 
 def copy_changed(source: Path, target: Path) -> None:
     """Copy the files that differ, each one whole or not at all."""
-    for path in sorted(source.glob("*")):
+    for path in whole_files(source):
         copy = target / path.name
-        if path.is_file() and atomic.MARK not in path.name and not (copy.is_file() and md5(copy) == md5(path)):
+        if not (copy.is_file() and md5(copy) == md5(path)):
             with atomic.output(copy) as partial:
                 shutil.copyfile(path, partial)
+            integrity.forget(copy.with_name(copy.name.removesuffix(integrity.ENDING)))  # it changes on purpose
+
+
+def whole_files(folder: Path) -> list[Path]:
+    """The files of a folder, without those that are partial or damaged."""
+    files = [path for path in sorted(folder.glob("*")) if path.is_file()]
+    return [path for path in files if atomic.MARK not in path.name and not path.name.endswith(integrity.DAMAGED)]
