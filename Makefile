@@ -1,7 +1,8 @@
 # make run    build the environment, run the main job, print its table    make test   run all tests
 # make lint   check the style of everything                               make ui     open the MLflow pages
 # make push   version data/ and the results, send them to the DVC remote  make pull   get them back
-# make lock   resolve the dependencies anew                               make clean  remove what `make run` made
+# make verify make the result again elsewhere and compare it with data/   make clean  remove what `make run` made
+# make lock   resolve the dependencies anew
 
 PYTHON ?= python3.11
 CORES ?= all
@@ -12,7 +13,7 @@ MLFLOW_DB := sqlite:///mlflow.db
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run test lint ui push pull lock clean env env-dev
+.PHONY: run test lint ui push pull verify lock clean env env-dev
 
 # Rules and tests call `python`: it is the environment's.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -52,20 +53,15 @@ lint: env-dev
 ui: env
 	mlflow ui --backend-store-uri $(MLFLOW_DB)
 
-# Results and Snakemake's records travel inside data/, so that a clone knows what is up to date.
+# To the DVC remote and back: docs/reproduce.md.
 push: env
-	mkdir -p data/results data/snakemake-metadata
-	cp --recursive --update results/. data/results/
-	cp --recursive --update .snakemake/metadata/. data/snakemake-metadata/
-	dvc add data
-	dvc push
-	@echo 'now commit data.dvc'
+	python -m windquant push
 
 pull: env
-	dvc pull
-	mkdir -p results .snakemake/metadata
-	cp --recursive --update data/results/. results/
-	cp --recursive --update data/snakemake-metadata/. .snakemake/metadata/
+	python -m windquant pull
+
+verify: env
+	python -m windquant verify --cores $(CORES) $(TARGET)
 
 lock:
 	rm -rf .venv-lock
@@ -86,4 +82,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf resources data results logs mlflow.db mlartifacts .cache .snakemake
+	rm -rf resources data results logs mlflow.db mlartifacts .cache .snakemake .verify

@@ -13,6 +13,15 @@ configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"
+
+
+# One run at a time, and what has been damaged since it was made goes out of its way.
+if workflow.is_main_process:
+    from windquant import exclusive, integrity
+
+    integrity.check(set_aside=one_line(exclusive.claim)(sys.argv[1:]))
+
+
 include: "workflow/rules/experiment.smk"
 include: "workflow/rules/model.smk"
 include: "workflow/rules/calibration.smk"

@@ -71,3 +71,13 @@ def test_text() -> None:
     assert line("", 0, 10, 0.0) == "progress: 0/10 (0 %), 0:00 elapsed"
     assert line("a", 1, 4, 30.0) == "a: 1/4 (25 %), 0:30 elapsed, 1:30 left"
     assert [duration(s) for s in (0.4, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]
+
+
+def test_reports_are_rare_and_end_with_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("windquant.progress.time.monotonic", lambda: float(next(ticks)))
+    seen: list[tuple[int, int | None]] = []
+    list(Progress(range(20), stream=io.StringIO(), report=lambda done, total: seen.append((done, total))))
+    assert seen[0] == (1, 20)
+    assert seen[-1] == (20, 20)
+    assert 3 <= len(seen) <= 10

@@ -165,6 +165,13 @@ def test_a_training_checkpoint_of_other_settings_is_not_used(
     assert seen == [0, 1, 2] * 2
 
 
+def test_a_damaged_training_checkpoint_starts_over(tmp_path: Path) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"\xff" * 100)
+    value = torch.nn.Parameter(torch.ones(2))
+    assert recovery._resume(tmp_path, {"norm:a": value}, torch.optim.Adam([value])) == 0
+    assert value.tolist() == [1, 1]
+
+
 # -- what is trained
 
 

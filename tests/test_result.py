@@ -255,6 +255,19 @@ def test_the_parent_run_gets_the_result() -> None:
     artifacts = Path("mlartifacts") / run.info.run_id / "artifacts"
     assert json.loads((artifacts / "result.json").read_text()) == found
     assert Plan.load(artifacts / "plan.json").allocator == "ppo"
+    assert (artifacts / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert run.data.params["bank.chunk"] == "64"
+    assert "| effective bits per weight | 16 | 1.9950 |" in run.data.tags["mlflow.note.content"]
+    assert run.inputs is not None
+    assert {entry.tags[0].value for entry in run.inputs.dataset_inputs} == {"model", "texts"}
+
+
+def test_settings_of_the_search_are_parameters_of_ppo_only() -> None:
+    manifests = {name: Manifest.load(Path(path)) for name, path in chain().items()}
+    ppo, greedy = (set(result.parameters_of(manifests, allocator)) for allocator in ("ppo", "greedy"))
+    assert {"allocation.chunk", "bank.chunk"} <= ppo
+    assert ppo - greedy == {name for name in ppo if name.startswith("allocation.")}
+    assert greedy - ppo == {"allocation.allocator"}  # these plans have no such setting
 
 
 def test_comparison(capsys: pytest.CaptureFixture[str]) -> None:

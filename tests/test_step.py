@@ -1,15 +1,18 @@
 """The frame of a step: command line, atomic output, manifest, errors, signals, cache."""
 
+import calendar
 import errno
 import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +83,31 @@ def test_output_and_manifest() -> None:
     assert found.git_commit is None  # tmp_path is no work tree
     assert found.mlflow_run_id is None
     assert found.notes == {"length": 2}
+    assert found.config_sha256 == manifest.config_sha256("demo", {"text": "hi", "tasks": []}, 7)
+    assert found.command.endswith("--output data/out --text hi --seed 7 --source in.txt --more in.txt")
+    assert abs(calendar.timegm(time.strptime(found.started, "%Y-%m-%dT%H:%M:%SZ")) - time.time()) < 60
+    assert found.machine["threads"] == str(os.cpu_count())
+    assert (found.code, found.lock) == ("", "")  # this module is not of the package, and was not called by a rule
     assert set(json.loads(Path("data/out.manifest.json").read_text())) == {
         *("step", "settings", "seed", "inputs", "output", "seconds", "peak_memory_bytes", "versions"),
         *("git_commit", "git_dirty", "mlflow_run_id", "notes"),
+        *("config_sha256", "code", "lock", "command", "started", "machine"),
     }
     assert names() == {"out", "out.manifest.json"}
+
+
+def test_code_and_lock_are_what_the_rule_says() -> None:
+    main(write, "--code", "c0de", "--lock", "10c4")
+    found = Manifest.load(Path("data/out"))
+    assert (found.code, found.lock) == ("c0de", "10c4")
+
+
+def test_manifest_of_an_earlier_version() -> None:
+    main()
+    path = Path("data/out.manifest.json")
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in document.items() if name not in ("code", "machine")}))
+    assert Manifest.load(Path("data/out")).code == ""
 
 
 def test_git_state() -> None:
@@ -183,7 +206,28 @@ def test_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(run)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: data/x: No space left on device\n"
+    assert capsys.readouterr().err == (
+        "error: data/x: No space left on device; make room and run again: finished steps stay\n"
+    )
+
+
+def test_a_limit_on_file_sizes_hits_every_writer_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    writers: list[Callable[[Path], object]] = [
+        lambda path: path.write_bytes(bytes(1 << 20)),
+        lambda path: save_file({"a": torch.zeros(1 << 18)}, path),
+    ]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))
+    try:
+        for writer in writers:
+            with pytest.raises(SystemExit):
+                main(lambda task, settings, writer=writer: writer(task.output))
+            assert "File too large; lift the limit on file sizes" in capsys.readouterr().err
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names() == set()
 
 
 def test_damaged_input_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,16 @@
-"""Tracking in a real MLflow store: parents, children, parallel writers, and everything that can go wrong."""
+"""Tracking in a real MLflow store: parents, children, and what becomes of them when something dies."""
 
 import json
 import os
 import random
-import socket
+import signal
 import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from windquant import step, tracking, tracking_store
+from windquant import delivery, journal, sender, step, system_metrics, tracking, tracking_store
 from windquant.errors import WindquantError
 
 PROJECT = Path(step.__file__).parents[1]
@@ -32,7 +33,7 @@ class Settings:
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables and nothing in them: making one takes a second."""
+    """A store with its tables and nothing in them: making one takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     tracking_store.connect(f"sqlite:///{path}")
     return path
@@ -42,8 +43,27 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(delivery, "BATCH", 0.1)
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def quick_sender(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The sender in a thread of this process, which has MLflow loaded already; some tests want the real one."""
+    threads: list[threading.Thread] = []
+
+    def start(folder: Path) -> bool:
+        if not journal.has_sender(folder):
+            threads.append(threading.Thread(target=sender.serve, args=(folder, 0.5)))
+            threads[-1].start()
+            time.sleep(0.05)
+        return True
+
+    monkeypatch.setattr(tracking, "start_sender", start)
+    yield
+    for thread in threads:
+        thread.join()
 
 
 def experiment(name: str = "e.json", *argv: str) -> tracking_store.Experiment:
@@ -61,10 +81,32 @@ def client() -> MlflowClient:
     return MlflowClient(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
 
 
-def children(parent: str) -> list[Run]:
-    found = client().get_experiment_by_name("windquant")
-    assert found is not None
-    return list(client().search_runs([found.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"))
+def all_runs(of: MlflowClient | None = None) -> list[Run]:
+    """The newest first."""
+    of = of or client()
+    return list(of.search_runs([entry.experiment_id for entry in of.search_experiments()], max_results=5000))
+
+
+def parents() -> list[Run]:
+    return [run for run in all_runs() if "mlflow.parentRunId" not in run.data.tags]
+
+
+def children(parent: Run | None = None) -> list[Run]:
+    found = [run for run in all_runs() if "mlflow.parentRunId" in run.data.tags]
+    return [run for run in found if parent is None or run.data.tags["mlflow.parentRunId"] == parent.info.run_id]
+
+
+def manifest_run() -> str | None:
+    found: str | None = json.loads(Path("out.manifest.json").read_text())["mlflow_run_id"]
+    return found
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
 
 
 def write(task: step.Task, settings: Settings) -> None:
@@ -80,20 +122,29 @@ def write(task: step.Task, settings: Settings) -> None:
     task.artifact(Path("plots/a.txt"), "texts")
 
 
+def close(task: step.Task, settings: Settings) -> None:
+    task.output.write_text("{}")
+    task.tracker.dataset("texts", "data/texts", "0" * 64, "texts", parent=True)
+    task.tracker.close_parent(
+        {"perplexity.t": 50.0}, {"result.json": task.output}, {"chunk": 64}, {"bank.chunk": 64}, "| table |"
+    )
+    task.note("parent", task.tracker.parent_id)
+
+
 def test_parent_and_child(capsys: pytest.CaptureFixture[str]) -> None:
     made = experiment()
     assert made.tracking_uri == "sqlite:///mlflow.db"  # no machine paths in data/
-    assert made.run_id is not None
-    parent = client().get_run(made.run_id)
+    Path("in.txt").write_text("abc")
+    Path("data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
+    main(write, "--source", "in.txt", "--seed", "4")
+    assert "warning" not in capsys.readouterr().err
+    (parent,) = parents()
     assert parent.info.run_name == "m 2.0bits ppo"
     assert parent.data.params == {"model": "m", "target_bits": "2.0", "allocator": "ppo"}
     assert parent.data.tags["mlflow.user"]
 
-    Path("in.txt").write_text("abc")
-    main(write, "--source", "in.txt", "--seed", "4")
-    assert "warning" not in capsys.readouterr().err
-    (run,) = children(made.run_id)
-    assert json.loads(Path("out.manifest.json").read_text())["mlflow_run_id"] == run.info.run_id
+    (run,) = children(parent)
+    assert manifest_run() == run.info.run_id
     assert (run.info.run_name, run.info.status) == ("demo", "FINISHED")
     assert run.data.params | {"long": ""} == {
         **{"rate": "0.1", "names": "['a', 'b']", "seed": "4", "found": "3", "long": ""}
@@ -103,11 +154,12 @@ def test_parent_and_child(capsys: pytest.CaptureFixture[str]) -> None:
     assert [(metric.step, metric.value) for metric in history] == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
     assert run.data.metrics["seconds"] > 0
     assert run.data.metrics["peak_memory_bytes.host"] > 10 << 20
+    assert 0 <= run.data.metrics["system/cpu_utilization_percentage"] <= 100
     tags = run.data.tags
-    assert {name: tags[name] for name in ("model", "target_bits", "allocator", "step", "seed")} == {
-        **{"model": "m", "target_bits": "2.0", "allocator": "ppo", "step": "demo", "seed": "4"}
+    assert {name: tags[name] for name in ("model", "target_bits", "allocator", "step", "seed", "artifact")} == {
+        **{"model": "m", "target_bits": "2.0", "allocator": "ppo", "step": "demo", "seed": "4", "artifact": "out"}
     }
-    assert tags["mlflow.source.name"] == "demo"
+    assert (tags["mlflow.source.name"], tags["dvc.data"]) == ("windquant.demo", "0123abcd")
     assert run.inputs is not None
     (data,) = run.inputs.dataset_inputs
     assert (data.dataset.name, data.tags[0].value) == ("source", "demo")
@@ -117,30 +169,47 @@ def test_parent_and_child(capsys: pytest.CaptureFixture[str]) -> None:
         *("out", "plots/a.txt", "texts/a.txt")
     }
     assert (root / "out").read_text() == "result"
+    assert {path.name for path in Path("logs/tracking").iterdir()} <= {"sender.lock", "sender.txt"}
 
 
-def test_git_commit_is_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("windquant.manifest.git_state", lambda: ("c" * 40, True))
-    tags = tracking_store.source_tags("x")
+def test_git_commit_is_a_tag() -> None:
+    tags = tracking.source_tags("c" * 40, True)
     assert (tags["mlflow.source.git.commit"], tags["git_dirty"]) == ("c" * 40, "true")
+    assert "git_dirty" not in tracking.source_tags(None, None)
 
 
-def test_closing_the_parent() -> None:
-    made = experiment()
-
-    def close(task: step.Task, settings: Settings) -> None:
-        task.output.write_text("{}")
-        task.tracker.close_parent({"perplexity.t": 50.0}, {"result.json": task.output}, {"chunk": 64})
-        assert task.tracker.parent_id == made.run_id
-
+def test_a_result_closes_the_parent_and_what_runs_later_opens_another() -> None:
+    experiment()
     main(write)
     main(close)
-    main(close, "--rate", "2")  # a second result of the same experiment
-    assert made.run_id is not None
-    parent = client().get_run(made.run_id)
-    assert (parent.info.status, parent.data.metrics) == ("FINISHED", {"perplexity.t": 50.0})
-    assert (Path("mlartifacts") / made.run_id / "artifacts" / "result.json").read_text() == "{}"
-    assert [run.data.tags["chunk"] for run in children(made.run_id)] == ["64"] * 3
+    (first,) = parents()
+    assert (first.info.status, first.data.metrics) == ("FINISHED", {"perplexity.t": 50.0})
+    assert first.data.params["bank.chunk"] == "64"
+    assert first.data.tags["mlflow.note.content"] == "| table |"
+    assert first.inputs is not None
+    assert [data.dataset.name for data in first.inputs.dataset_inputs] == ["texts"]
+    assert not [run for run in children(first) if "mlflow.note.content" in run.data.tags]
+    assert (Path("mlartifacts") / first.info.run_id / "artifacts" / "result.json").read_text() == "{}"
+    assert [run.data.tags["chunk"] for run in children(first)] == ["64"] * 2
+    assert json.loads(Path("out.manifest.json").read_text())["notes"]["parent"] == first.info.run_id
+    main(close, "--rate", "2")
+    second, first = parents()
+    assert len(children(first)) == 2
+    assert len(children(second)) == 1
+    assert second.info.status == "FINISHED"
+
+
+def test_between_the_steps_a_parent_does_not_run() -> None:
+    experiment()
+    experiment("shared.json", "--name", "windquant")
+    main(write)
+    main(write, "--experiment", "shared.json")
+    found = {run.info.run_name: run.info.run_id for run in parents()}
+    assert set(found) == {"m 2.0bits ppo", "m shared steps"}
+    statuses = {"m 2.0bits ppo": "SCHEDULED", "m shared steps": "FINISHED"}
+    eventually(lambda: {name: client().get_run(run).info.status for name, run in found.items()} == statuses)
+    main(write)
+    assert client().get_run(found["m 2.0bits ppo"]).info.status == "RUNNING"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +217,7 @@ def test_closing_the_parent() -> None:
     [(RuntimeError("bug"), "FAILED"), (WindquantError("input"), "FAILED"), (SystemExit(143), "KILLED")],
 )
 def test_a_failing_step(error: BaseException, status: str) -> None:
-    made = experiment()
+    experiment()
 
     def fail(task: step.Task, settings: Settings) -> None:
         task.metric("loss", 3.0)
@@ -156,35 +225,35 @@ def test_a_failing_step(error: BaseException, status: str) -> None:
 
     with pytest.raises((RuntimeError, SystemExit)):
         main(fail)
-    assert made.run_id is not None
-    (run,) = children(made.run_id)
+    run = eventually(lambda: [run for run in children() if run.info.status != "RUNNING"])[0]
     assert (run.info.status, run.data.metrics["loss"]) == (status, 3.0)
     assert str(error) in run.data.tags["error"]
-    assert client().get_run(made.run_id).info.status == "RUNNING"  # the experiment goes on
+    eventually(lambda: parents()[0].info.status == status)
+    main(write)
+    assert parents()[0].info.status == "RUNNING"  # the experiment goes on
 
 
 def test_without_an_experiment_nothing_is_tracked() -> None:
     step.main("demo", write, Settings, argv=["--output", "out"], light=True)
-    assert json.loads(Path("out.manifest.json").read_text())["mlflow_run_id"] is None
-    assert not Path("mlartifacts").exists()
+    assert manifest_run() is None
+    assert not Path("logs").exists()
 
 
 def test_a_refused_value_does_not_stop_step_or_run(capsys: pytest.CaptureFixture[str]) -> None:
-    made = experiment()
+    experiment()
 
     def run(task: step.Task, settings: Settings) -> None:
-        task.tracker.flush()  # type: ignore[attr-defined]  # a ChildRun
         task.params({"rate": "another"})  # parameters cannot change
         task.output.write_text("x")
 
     main(run)
     assert Path("out").exists()
-    assert capsys.readouterr().err.count("warning: MLflow: sending values failed") == 1
-    assert made.run_id is not None
-    assert children(made.run_id)[0].info.status == "FINISHED"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "refused a part of this run" in line
+    assert children()[0].info.status == "FINISHED"
 
 
-def test_random_numbers_are_those_of_an_untracked_step() -> None:
+def test_random_numbers_are_those_of_an_untracked_step(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
 
     def run(task: step.Task, settings: Settings) -> None:
@@ -195,25 +264,25 @@ def test_random_numbers_are_those_of_an_untracked_step() -> None:
         task.output.touch()
 
     experiment()
+    monkeypatch.setattr(tracking, "start_sender", lambda folder: False)  # a process of its own, but not in these tests
+    monkeypatch.setattr(tracking, "PATIENCE", 0.0)
     main(run)
     step.main("demo", run, Settings, argv=["--output", "out"], light=True)
     assert drawn[:2] == drawn[2:]
 
 
 def test_a_lost_parent_is_made_anew_once(capsys: pytest.CaptureFixture[str], empty_store: Path) -> None:
-    made = experiment()
+    experiment()
+    main(write)
+    (lost,) = parents()
+    eventually(lambda: not journal.has_sender(Path("logs/tracking")))
     Path("mlflow.db").write_bytes(empty_store.read_bytes())
     main(write)
     main(write)
-    found = client().get_experiment_by_name("windquant")
-    assert found is not None
-    runs = client().search_runs([found.experiment_id])
-    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert len(runs) == 3
-    assert len(parents) == 1
-    assert parents[0].info.run_id != made.run_id
-    assert parents[0].data.tags["model"] == "m"
-    assert len(children(parents[0].info.run_id)) == 2
+    (parent,) = parents()
+    assert parent.info.run_id != lost.info.run_id
+    assert parent.data.tags["model"] == "m"
+    assert len(children(parent)) == 2
     assert "warning" not in capsys.readouterr().err
 
 
@@ -228,53 +297,16 @@ def test_the_environment_names_another_store(monkeypatch: pytest.MonkeyPatch, em
     assert len(list(Path("elsewhere/mlartifacts").iterdir())) == 1
 
 
-@pytest.mark.parametrize("kind", ["refuses", "never answers"])
-def test_a_dead_server_costs_seconds(
-    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if kind == "never answers":
-            server.listen()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
-        begin = time.monotonic()
-        assert experiment().run_id is None
-        main(write)
-    assert time.monotonic() - begin < 30
-    lines = capsys.readouterr().err.splitlines()
-    assert lines
-    assert all(line.startswith("warning: MLflow: ") for line in lines)
-    assert Path("out").read_text() == "result"
-    assert json.loads(Path("out.manifest.json").read_text())["mlflow_run_id"] is None
-
-
-def test_a_server_that_comes_back_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = experiment()
-    connect = tracking_store.connect
-    calls: list[str] = []
-
-    def once_dead(uri: str) -> Any:
-        calls.append(uri)
-        if len(calls) == 1:
-            raise ConnectionError("refused")
-        return connect(uri)
-
-    monkeypatch.setattr(tracking_store, "connect", once_dead)
-    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
-
-    def run(task: step.Task, settings: Settings) -> None:
-        for index in range(2500):
-            task.metric("loss", 1.0, index)
-        task.params({f"p{index}": index for index in range(150)})
-        task.output.touch()
-
-    main(run)
-    assert len(calls) == 2
-    assert made.run_id is not None
-    (found,) = children(made.run_id)
-    assert len(client().get_metric_history(found.info.run_id, "loss")) == 2500
-    assert len(found.data.params) == 153
+def test_a_password_is_written_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "http://user:secret@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    experiment()
+    main(write)
+    files = [path for path in Path().rglob("*") if path.is_file() and path.name != "mlflow.db"]
+    assert len(files) > 5
+    assert not [path for path in files if b"secret" in path.read_bytes()]
+    assert delivery.resolve("http://127.0.0.1:9") == uri
+    assert delivery.resolve("http://other:9") == "http://other:9"
 
 
 def test_broken_database(capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,63 +314,195 @@ def test_broken_database(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mlflow.db").write_text("no database " * 1000)
     main(write)
     assert Path("out").read_text() == "result"
-    assert "warning: MLflow" in capsys.readouterr().err
+    assert "warning: MLflow: sqlite:///" in capsys.readouterr().err
+    assert len(journal.journals(Path("logs/tracking"))) == 1
 
 
-def test_metrics_are_sent_while_the_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = experiment()
-    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
-    seen: list[tuple[str, float]] = []
+def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    experiment()
+    eventually(lambda: not journal.has_sender(Path("logs/tracking")))
+    Path("logs/tracking").rename("elsewhere")
+    Path("logs/tracking").write_text("in the way")
+    main(write)
+    assert Path("out").read_text() == "result"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: MLflow: ")
+    assert "logs/tracking: File exists" in line
+
+
+def test_metrics_are_sent_while_the_step_runs() -> None:
+    experiment()
+    seen: list[str] = []
 
     def run(task: step.Task, settings: Settings) -> None:
-        task.metric("loss", 2.0)
-        assert made.run_id is not None
-        (found,) = children(made.run_id)
-        seen.append((found.info.status, found.data.metrics["loss"]))
+        for _ in task.progress(range(1)):
+            task.metric("loss", 2.0)
+        found = eventually(lambda: [run for run in children() if "loss" in run.data.metrics])[0]
+        assert found.data.metrics["progress/demo"] == 100
+        seen.append(found.info.status)
         task.output.touch()
 
     main(run)
-    assert seen == [("RUNNING", 2.0)]
+    assert seen == ["RUNNING"]
+
+
+def test_what_another_sender_has_begun_is_not_sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender that died after it made the run, and before it could write that down."""
+    experiment()
+    eventually(lambda: not journal.has_sender(Path("logs/tracking")))
+    monkeypatch.setattr(tracking, "start_sender", lambda folder: False)
+    monkeypatch.setattr(tracking, "PATIENCE", 0.0)
+    main(write)
+    (waiting,) = journal.journals(Path("logs/tracking"))
+    first = sender.Sender(Path("logs/tracking").absolute())
+    first.round()
+    (run,) = children()
+    assert not waiting.exists()
+    main(write)
+    (waiting,) = journal.journals(Path("logs/tracking"))
+    begun = delivery.Delivery(waiting)
+    begun._make_run(delivery.Store(begun.uri))
+    journal.State().save(waiting)
+    sender.main([])
+    assert len(children()) == 2
+    assert {run.info.status for run in children()} == {"FINISHED"}
+    assert children()[0].info.run_id != run.info.run_id
+    history = client().get_metric_history(children()[0].info.run_id, "loss/a_")
+    assert len(history) == 3
+
+
+def test_a_journal_of_another_version_holds_up_nothing() -> None:
+    experiment()
+    folder = Path("logs/tracking")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "0-old.jsonl").write_text('{"kind": "start", "uri": "sqlite:///mlflow.db"}\n')
+    (folder / "0-empty.jsonl").write_text("")
+    main(write)
+    assert len(children()) == 1
+    eventually(lambda: len(list(folder.glob("*.unreadable"))) == 2)
+
+
+def test_an_experiment_of_an_older_version_goes_on() -> None:
+    experiment()
+    document = json.loads(Path("e.json").read_text())
+    Path("e.json").write_text(json.dumps({**document, "experiment_id": "1", "run_id": "gone"}))
+    main(write)
+    assert len(children()) == 1
+    Path("e.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(write)
 
 
 WORKER = """
-    import sys
+    import sys, time
     from dataclasses import dataclass
+    from pathlib import Path
     from windquant import step, tracking
 
     @dataclass(frozen=True)
     class Settings:
-        rate: float = 0.1  # of something
+        seconds: float = 0.0  # to sleep
 
     def run(task, settings):
         for index in range(200):
             task.metric("loss", index, index)
-            task.tracker.flush() if index % 20 == 0 else None
         task.output.write_text("x")
         task.artifact(task.output)
+        Path("started").touch()
+        time.sleep(settings.seconds)
 
-    name = sys.argv[1]
-    argv = ["--model", name, "--output", name + ".json"]
-    step.main("experiment", tracking.run, tracking.Settings, argv=argv, light=True)
-    step.main("demo", run, Settings, argv=["--output", name, "--experiment", name + ".json"], light=True)
+    def close(task, settings):
+        run(task, settings)
+        task.tracker.close_parent({"perplexity": 1.0}, {"result.json": task.output}, {"chunk": 64}, {"a": 1})
+
+    if __name__ == "__main__":
+        name, seconds = sys.argv[1:3]
+        argv = ["--model", name, "--bits", "2.0", "--output", name + ".json"]
+        rest = ["--experiment", name + ".json", "--seconds", seconds]
+        if not Path(name + ".json").exists():
+            step.main("experiment", tracking.run, tracking.Settings, argv=argv, light=True)
+        step.main("demo", run, Settings, argv=["--output", name, *rest], light=True)
+        step.main("result", close, Settings, argv=["--output", name + "-result", *rest], light=True)
 """
 
 
-def test_processes_at_once_on_a_store_that_is_not_there_yet() -> None:
+def worker(folder: Path, name: str, seconds: float = 0, **environment: str) -> subprocess.Popen[str]:
+    """An experiment of two steps in a process of its own, with a real sender."""
+    folder.mkdir(exist_ok=True)
+    (folder / "worker.py").write_text(textwrap.dedent(WORKER))
+    return subprocess.Popen(
+        [sys.executable, "worker.py", name, str(seconds)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def complete(runs: list[Run], names: list[str]) -> None:
+    """Every experiment has its parent and its two steps, all of them finished and with every number."""
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert sorted((run.data.tags["model"], run.data.tags.get("step", "")) for run in runs) == sorted(
+        (name, step) for name in names for step in ("", "demo", "result")
+    )
+    for run in runs:
+        if run.data.tags.get("step"):
+            assert run.data.metrics["loss"] == 199
+        else:
+            assert run.data.metrics == {"perplexity": 1.0}
+
+
+def test_eight_experiments_at_once_into_one_sqlite_store_that_is_not_there_yet(tmp_path: Path) -> None:
     Path("mlflow.db").unlink()
-    Path("worker.py").write_text(textwrap.dedent(WORKER))
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    names = [f"m{index}" for index in range(3)]
-    processes = [
-        subprocess.Popen([sys.executable, "worker.py", name], env=environment, stderr=subprocess.PIPE, text=True)
-        for name in names
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert errors == [""] * 3
-    assert [process.returncode for process in processes] == [0] * 3
-    for name in names:
-        parent = tracking_store.Experiment.load(Path(f"{name}.json")).run_id
-        assert parent is not None
-        (run,) = children(parent)
-        assert (run.info.status, run.data.tags["model"]) == ("FINISHED", name)
-        assert len(client().get_metric_history(run.info.run_id, "loss")) == 200
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    names = [f"m{index}" for index in range(8)]
+    processes = [worker(tmp_path / name, name, MLFLOW_TRACKING_URI=uri) for name in names]
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert errors == [""] * 8
+    complete(all_runs(), names)
+    for run in all_runs():
+        if "step" in run.data.tags:
+            assert len(client().get_metric_history(run.info.run_id, "loss")) == 200
+
+
+def test_a_killed_step_is_reported_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    killed = worker(tmp_path, "m", 60)
+    eventually(lambda: Path("started").exists())
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    run = eventually(lambda: [run for run in children() if run.info.status != "RUNNING"])[0]
+    assert run.info.status == "KILLED"
+    assert "out of memory?" in run.data.tags["error"]
+    assert run.data.metrics["loss"] == 199, "what it had told is not lost"
+    assert worker(tmp_path, "m").communicate(timeout=60)[1] == ""
+    (parent,) = parents()
+    assert parent.info.status == "FINISHED"
+    assert sorted(run.info.status for run in children(parent)) == ["FINISHED", "FINISHED", "KILLED"]
+
+
+def test_an_mlflow_that_cannot_be_imported_costs_seconds(tmp_path: Path) -> None:
+    (tmp_path / "broken" / "mlflow").mkdir(parents=True)
+    (tmp_path / "broken" / "mlflow" / "__init__.py").write_text("raise ImportError('half an update')")
+    begin = time.monotonic()
+    process = worker(tmp_path, "m", PYTHONPATH=f"{PROJECT}{os.pathsep}{tmp_path / 'broken'}")
+    errors = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 0
+    assert time.monotonic() - begin < 30
+    assert len(errors) == 2
+    assert "no answer, see logs/tracking/sender.txt" in errors[0]
+    assert "half an update" in Path("logs/tracking/sender.txt").read_text()
+    assert len(journal.journals(Path("logs/tracking"))) == 2
+
+
+def test_system_metrics() -> None:
+    seen: list[int] = []
+    sampler = system_metrics.Sampler(lambda values, number: seen.append(number))
+    sampler.stop()
+    assert seen == [0]
+    import psutil
+
+    values = system_metrics.sample(psutil.Process())
+    assert values["system/process_memory_usage_megabytes"] > 10
+    assert set(system_metrics.sample_gpus([])) == set()

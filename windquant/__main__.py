@@ -11,7 +11,13 @@ from windquant.errors import WindquantError
 
 COMMANDS = {  # name: module, what it does
     "inspect": ("windquant.checkpoint.inspection", "size, effective bits and plan of a packed checkpoint"),
+    "check": ("windquant.integrity", "compare every artifact of the workflow with its digest"),
+    "sync": ("windquant.sender", "send the runs that the MLflow store has not got yet"),
     "generate": ("windquant.checkpoint.generation", "continue a text with a model, token by token"),
+    "push": ("windquant.reproduce.push", "send data/ and the results to the DVC remote"),
+    "pull": ("windquant.reproduce.pull", "get them, and the models they were made from"),
+    "verify": ("windquant.reproduce.verify", "make results again from the configuration and compare"),
+    "why": ("windquant.reproduce.why", "how an artifact came about, and whether it is current"),
 }
 
 

@@ -13,7 +13,10 @@ PACKAGE = "windquant"
 ROOT = Path(__file__).resolve().parent
 #: Modules that every step imports and none computes with: what they do never changes an artifact. (Importing the
 #: package registers the packed format; rules whose steps load packed checkpoints name it.)
-WITHOUT_EFFECT = {PACKAGE, *(f"{PACKAGE}.{name}" for name in ("dependencies", "progress", "tracking"))}
+WITHOUT_EFFECT = {
+    PACKAGE,
+    *(f"{PACKAGE}.{name}" for name in ("dependencies", "exclusive", "integrity", "progress", "tracking")),
+}
 #: Files beside the code that belong to it.
 DATA = (".yaml", ".json", ".jinja")
 

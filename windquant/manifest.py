@@ -8,8 +8,11 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,13 @@ class Manifest:
     git_dirty: bool | None
     mlflow_run_id: str | None
     notes: dict[str, Any] = field(default_factory=dict)  # what the step wants its successors to know
+    # Manifests of earlier versions lack these.
+    config_sha256: str = ""  # of step, settings and seed
+    code: str = ""  # digest of the step's code, comments and docstrings aside
+    lock: str = ""  # digest of the locked packages; empty for a step that was called by hand
+    command: str = ""  # that made it
+    started: str = ""  # UTC
+    machine: dict[str, str] = field(default_factory=dict)  # what decides whether another one gets the same bytes
 
     def save(self, artifact: Path) -> None:
         atomic.write_text(manifest_path(artifact), json.dumps(asdict(self), indent=1) + "\n")
@@ -65,6 +75,11 @@ class Manifest:
             raise WindquantError(
                 f"{path}: not a readable manifest ({error}); delete {artifact} and run again"
             ) from error
+
+
+def config_sha256(step: str, settings: Mapping[str, Any], seed: int) -> str:
+    """Digest of what a step was told to do."""
+    return hashlib.sha256(json.dumps([step, settings, seed], sort_keys=True).encode()).hexdigest()
 
 
 #: Snakemake leaves an empty file of this name in the folders that its rules make.
@@ -105,6 +120,26 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+#: Instructions that make a processor compute in another order or precision.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def machine(threads: int | None) -> dict[str, str]:
+    """What rounding depends on: instructions of the processor, threads, GPU (only looked for if torch is loaded)."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().lower().splitlines()
+        flags = {flag for line in lines if line.startswith(("flags", "features")) for flag in line.split()}
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else ""
+    return {
+        "processor": platform.machine(),
+        "instructions": " ".join(name for name in INSTRUCTIONS if name in flags),
+        "threads": str(threads or os.cpu_count()),
+        "gpu": gpu,
+    }
 
 
 def git_state() -> tuple[str | None, bool | None]:

@@ -1,12 +1,14 @@
 """Progress with the remaining time: a bar on a terminal, one line a minute elsewhere (a Snakemake log)."""
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Generic, Self, TextIO, TypeVar
 
 T = TypeVar("T")
+REPORT_SECONDS = 5.0
 
 
 class Progress(Generic[T]):
@@ -19,6 +21,7 @@ class Progress(Generic[T]):
         label: str = "",
         stream: TextIO | None = None,
         interval: float = 60.0,  # seconds between two lines where the stream is no terminal
+        report: Callable[[int, int | None], None] | None = None,  # gets done and total, every REPORT_SECONDS at most
     ) -> None:
         self.iterable = iterable
         self.total = total if total is not None else _length(iterable)
@@ -26,6 +29,9 @@ class Progress(Generic[T]):
         self.stream = stream or sys.stderr
         self.interval = interval
         self.done = 0
+        self._report = report
+        self._reported = -1
+        self._report_time = -math.inf
         self.start = self._last = time.monotonic()
         self._closed = False
         self._bar = None
@@ -47,6 +53,8 @@ class Progress(Generic[T]):
     def update(self, n: int = 1) -> None:
         """`n` more are done."""
         self.done += n
+        if self._report is not None and time.monotonic() - self._report_time >= REPORT_SECONDS:
+            self._tell()
         if self._bar is not None:
             self._bar.update(n)
         elif time.monotonic() - self._last >= self.interval:
@@ -56,6 +64,7 @@ class Progress(Generic[T]):
         if self._closed:
             return
         self._closed = True
+        self._tell()
         if self._bar is not None:
             self._bar.close()
         else:
@@ -68,6 +77,11 @@ class Progress(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _tell(self) -> None:
+        if self._report is not None and self.done != self._reported:
+            self._report_time, self._reported = time.monotonic(), self.done
+            self._report(self.done, self.total)
 
     def _print(self) -> None:
         self._last = time.monotonic()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -235,7 +236,10 @@ def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.opt
     path = folder / "state.safetensors"
     if not path.exists():
         return 0
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError):  # damaged on the disk: start over
+        return 0
     for name, value in parameters.items():
         value.data.copy_(tensors[f"value:{name}"])
         moments = {key: tensors[f"{key}:{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}

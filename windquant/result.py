@@ -7,11 +7,13 @@ and against SCHEMA, and logged on the experiment's parent run.
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from windquant import pictures
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.plan import Plan
@@ -123,13 +125,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that make experiments comparable in the MLflow UI, under dotted names."""
+    """The numbers that make experiments comparable in the MLflow UI, under dotted names: quality comes first there."""
     numbers = {
         "effective_bits": result["effective_bits"],
         "checkpoint_bits": result["checkpoint_bits"],
-        "seconds.total": sum(result["seconds"].values()),
-        "peak_memory_bytes.host": max(entry["host"] for entry in result["peak_memory_bytes"].values()),
-        "peak_memory_bytes.gpu": max(entry["gpu"] for entry in result["peak_memory_bytes"].values()),
+        "resources.seconds": sum(result["seconds"].values()),
+        "resources.host_memory_bytes": max(entry["host"] for entry in result["peak_memory_bytes"].values()),
+        "resources.gpu_memory_bytes": max(entry["gpu"] for entry in result["peak_memory_bytes"].values()),
     }
     for dataset, values in result["perplexity"].items():
         numbers |= {f"perplexity.{dataset}.{name}": value for name, value in values.items()}
@@ -151,11 +153,35 @@ def run(task: "Task", settings: Settings) -> None:
     parameters = round(8 * size / result["checkpoint_bits"])
     task.note("checkpoint_bytes", size)
     task.note("original_fp16_bytes", 2 * parameters)
-    task.tracker.close_parent(
-        {**metrics(result), "checkpoint_bytes": size},
-        {"result.json": task.output, "plan.json": task.inputs["plan"]},
-        {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
-    )
+    track(task, plan, result, manifests)
+
+
+def track(task: "Task", plan: Plan, result: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> None:
+    """Put everything that makes experiments comparable on the experiment's run, and close it."""
+    from windquant import summary  # which imports this module
+
+    for context, source in (("model", manifests["model"]), ("texts", manifests["calibration"])):
+        entry = source.output
+        task.tracker.dataset(Path(entry["path"]).name, entry["path"], entry["sha256"], context, parent=True)
+    table = [("", "original", "quantized"), ("---", "--:", "--:"), *summary.rows(result, task.notes)]
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = Path(scratch) / "plan.png"
+        pictures.save_plan(plan, picture)
+        task.tracker.close_parent(
+            {**metrics(result), "checkpoint_bytes": task.notes["checkpoint_bytes"]},
+            {"result.json": task.output, "plan.json": task.inputs["plan"], "plan.png": picture},
+            {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
+            parameters_of(manifests, plan.allocator),
+            "\n".join(f"| {' | '.join(row)} |" for row in table),
+        )
+
+
+def parameters_of(manifests: Mapping[str, Manifest], allocator: str) -> dict[str, Any]:
+    """Every setting of every step, `<step>.<setting>`: the MLflow UI shows where experiments differ."""
+    settings = {step: manifests[source].settings for step, source in STEPS.items()}
+    if allocator != "ppo":  # the others do not read the settings of the search
+        settings["allocation"] = {"allocator": allocator}
+    return {f"{step}.{name}": value for step, values in settings.items() for name, value in values.items()}
 
 
 def assemble(

@@ -18,7 +18,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -29,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from windquant import atomic, dependencies, manifest, settings as settings_module, tracking
+from windquant import atomic, dependencies, exclusive, integrity, manifest, settings as settings_module, tracking
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.progress import Progress
@@ -37,8 +39,12 @@ from windquant.progress import Progress
 T = TypeVar("T")
 S = TypeVar("S")
 CACHE = Path(".cache")
-#: Environment problems that a person can mend: disk full, quota, read-only, no permission.
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+#: Problems of the environment that a person can mend, and how.
+MENDABLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run again: finished steps stay"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable and run again"),
+    errno.EFBIG: "lift the limit on file sizes (ulimit -f) and run again",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Frame:
 
     seed: int = 0  # of every random choice
     threads: int | None = None  # of the computation; none: all cores
+    code: str = ""  # digest of the code, for the manifest; empty: of the step's module and what it imports
+    lock: str = ""  # digest of the locked packages, for the manifest
 
 
 class Task:
@@ -97,7 +105,14 @@ class Task:
         self.notes[key] = value
 
     def progress(self, iterable: Iterable[T] | None = None, total: int | None = None, label: str = "") -> Progress[T]:
-        return Progress(iterable, total, label or self.step)
+        """A bar or lines for the user, and the metric `progress/<label>` in percent for the run."""
+        name = f"progress/{label or self.step}"
+
+        def report(done: int, total: int | None) -> None:
+            if total:
+                self.metric(name, 100 * done / total, done)
+
+        return Progress(iterable, total, label or self.step, report=report)
 
     @property
     def cache(self) -> Path:
@@ -135,18 +150,30 @@ def main(
     start = time.monotonic() - started
     try:
         arguments = _parse(step, settings, inputs, argv)
-        _run(step, run, settings_module.from_arguments(settings, arguments), inputs, arguments, start, light)
+        module = _module(run).removesuffix(".__main__") or step
+        command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
+        _run(step, run, settings_module.from_arguments(settings, arguments), inputs, arguments, start, light, command)
     except WindquantError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except OSError as error:
-        if error.errno not in MENDABLE:
+    except Exception as error:
+        number = _errno(error)
+        if number not in MENDABLE:
             raise
-        print(f"error: {error.filename or step}: {error.strerror}", file=sys.stderr)
+        where = getattr(error, "filename", None) or step
+        print(f"error: {where}: {os.strerror(number)}; {MENDABLE[number]}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _errno(error: Exception) -> int:
+    """The operating system's reason; safetensors has it in its text only. 0 where there is none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def _parse(step: str, settings: type, inputs: Sequence[str], argv: Sequence[str] | None) -> argparse.Namespace:
@@ -179,6 +206,7 @@ def _run(
     arguments: argparse.Namespace,
     start: float,
     light: bool,
+    command: str,
 ) -> None:
     output: Path = arguments.output
     if not output.name:
@@ -197,36 +225,45 @@ def _run(
         torch.set_num_threads(arguments.threads)
     commit, dirty = manifest.git_state()
 
+    child = tracking.child(arguments.experiment, step, plain, arguments.seed, output, commit, dirty)
     with (
         _terminable(),
-        atomic.output(output) as partial,
-        tracking.child(arguments.experiment, step, plain, arguments.seed) as tracker,
-    ):
-        for name, entry in digests.items():
-            tracker.dataset(name, entry["path"], entry["sha256"], step)
-        seed_everything(arguments.seed, torch=not light)
-        task = Task(step, single, partial, files=several, seed=arguments.seed, key=key, tracker=tracker)
-        run(task, settings)
-        if not partial.exists():
-            raise RuntimeError(f"step {step} returned without making {output}")
-        document = Manifest(
-            step=step,
-            settings=plain,
-            seed=arguments.seed,
-            inputs=digests,
-            output={"path": str(output), "sha256": manifest.sha256(partial)},
-            seconds=round(time.monotonic() - start, 3),
-            peak_memory_bytes=peak_memory(),
-            versions=manifest.versions(),
-            git_commit=commit,
-            git_dirty=dirty,
-            mlflow_run_id=tracker.run_id,
-            notes=task.notes,
-        )
-        json.dumps(document.notes)  # an error here leaves no artifact without a manifest
-        tracker.metrics({"seconds": document.seconds, **_flat(document.peak_memory_bytes, "peak_memory_bytes")})
-    document.save(output)
-    task.clear_cache()
+        exclusive.running(f"step {step}, which makes {output}"),
+        child as tracker,
+    ):  # the run ends after the artifact has its name and its manifest
+        with atomic.output(output) as partial:
+            for name, entry in digests.items():
+                tracker.dataset(name, entry["path"], entry["sha256"], step)
+            seed_everything(arguments.seed, torch=not light)
+            task = Task(step, single, partial, files=several, seed=arguments.seed, key=key, tracker=tracker)
+            run(task, settings)
+            if not partial.exists():
+                raise RuntimeError(f"step {step} returned without making {output}")
+            document = Manifest(
+                step=step,
+                settings=plain,
+                seed=arguments.seed,
+                inputs=digests,
+                output={"path": str(output), "sha256": manifest.sha256(partial)},
+                seconds=round(time.monotonic() - start, 3),
+                peak_memory_bytes=peak_memory(),
+                versions=manifest.versions(),
+                git_commit=commit,
+                git_dirty=dirty,
+                mlflow_run_id=tracker.run_id,
+                notes=task.notes,
+                config_sha256=manifest.config_sha256(step, plain, arguments.seed),
+                code=arguments.code or code_digest(run),
+                lock=arguments.lock,
+                command=command,
+                started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - (time.monotonic() - start))),
+                machine=manifest.machine(arguments.threads),
+            )
+            json.dumps(document.notes)  # an error here leaves no artifact without a manifest
+            tracker.metrics({"seconds": document.seconds, **_flat(document.peak_memory_bytes, "peak_memory_bytes")})
+        document.save(output)
+        integrity.remember(output)
+        task.clear_cache()
 
 
 def _collect(inputs: Sequence[str], arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, list[Path]]]:
@@ -244,7 +281,11 @@ def _collect(inputs: Sequence[str], arguments: argparse.Namespace) -> tuple[dict
 def _digest(name: str, path: Path) -> str:
     if not path.exists():
         raise WindquantError(f"{settings_module.flag(name.partition('.')[0])} {path}: no such file or folder")
-    return manifest.verified_sha256(path)
+    try:
+        return manifest.verified_sha256(path)
+    except WindquantError:
+        integrity.forget(path)
+        raise
 
 
 def cache_key(
@@ -258,9 +299,14 @@ def cache_key(
 
 def code_digest(run: Callable[..., None]) -> str:
     """Digest of the step's module and what it imports, comments aside; empty outside of the package."""
-    spec = getattr(sys.modules.get(run.__module__), "__spec__", None)  # `python -m` keeps the real name there
-    name = spec.name if spec is not None else ""
+    name = _module(run)
     return dependencies.digest(name) if name.startswith(dependencies.PACKAGE + ".") else ""
+
+
+def _module(run: Callable[..., None]) -> str:
+    """Name of the module that `run` is of; `python -m` keeps the real one in its spec. Empty where there is none."""
+    spec = getattr(sys.modules.get(run.__module__), "__spec__", None)
+    return spec.name if spec is not None else ""
 
 
 def seed_everything(seed: int, torch: bool = True) -> None:

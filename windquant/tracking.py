@@ -2,37 +2,36 @@
 
     python -m windquant.tracking --output data/experiments/X.json --model smollm2-135m --bits 2.0 --allocator ppo
 
-makes the store, the MLflow experiment and the parent run, before anything runs in parallel; every step that gets
-`--experiment data/experiments/X.json` logs a child run. The store is MLFLOW_TRACKING_URI, or else sqlite in mlflow.db
-in the current folder with the artifacts in mlartifacts/.
+names an experiment; every step that gets `--experiment data/experiments/X.json` logs a child run. The store is
+MLFLOW_TRACKING_URI, or else sqlite in mlflow.db in the current folder with the artifacts in mlartifacts/.
 
-Tracking never stops a step: whatever MLflow raises becomes one line `warning: ...`. What could not be sent is kept
-and tried once more when the step ends.
+A step writes a journal (`journal.py`) and a process beside it, the sender (`sender.py`), passes it on to MLflow. So
+tracking never stops a step and hardly costs it time; what the store did not take becomes one line `warning: ...`.
 """
 
 import contextlib
+import getpass
 import json
 import os
-import random
+import re
+import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from windquant import tracking_store as store
+from windquant import journal, tracking_store as store
+from windquant.system_metrics import Sampler
 from windquant.tracking_store import Experiment
 
 if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
-
     from windquant.step import Task
 
-FLUSH_SECONDS = 10.0  # between two batches of metrics
-# MLflow's own limits
-PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH, PARAMS_PER_BATCH, METRICS_PER_BATCH = 6000, 8000, 36, 100, 1000
+RESTART_SECONDS, RESTARTS = 3.0, 3  # between two attempts to start a sender, and how many
+PATIENCE = 60.0  # seconds that a finished step waits for the sender to say whether the run has arrived
 
 
 @dataclass(frozen=True)
@@ -40,162 +39,241 @@ class Settings:
     model: str  # name of the model's entry in the configuration
     bits: float | None = None  # target bits; none for the steps that all experiments of a model share
     allocator: str | None = None  # what makes the plan
-    chunk: int | None = None  # columns per unit
     name: str = "windquant"  # MLflow experiment that holds the runs
 
 
 class Tracker:
     """What a step tells about itself. This one, without an experiment, tracks nothing."""
 
-    run_id: str | None = None
-    parent_id: str | None = None
+    @property
+    def run_id(self) -> str | None:
+        """Of the step's run in the store; None where that is not known."""
+        return None
+
+    @property
+    def parent_id(self) -> str | None:
+        """Of the experiment's run."""
+        return None
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers at a step of the search or training, kept and sent in batches."""
+        """Numbers at a step of the search or training."""
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Values that stay the same during the run."""
 
     def artifact(self, path: Path, folder: str | None = None, name: str | None = None) -> None:
-        """A file (under another `name`, if given) or a folder, copied at once."""
+        """A file or a folder, copied at once (under another `name`, if given)."""
 
-    def dataset(self, name: str, source: str, digest: str, context: str = "") -> None:
-        """Data that the run reads."""
+    def dataset(self, name: str, source: str, digest: str, context: str = "", parent: bool = False) -> None:
+        """Data that the run reads, or that the whole experiment (`parent`) is about."""
 
     def close_parent(
-        self, metrics: Mapping[str, float], artifacts: Mapping[str, Path], tags: Mapping[str, Any]
+        self,
+        metrics: Mapping[str, float],
+        artifacts: Mapping[str, Path],
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any] | None = None,
+        description: str = "",
     ) -> None:
-        """Log the experiment's key metrics and artifacts (name -> file) on the parent run and mark it finished.
+        """Log the experiment's key numbers and artifacts (name -> file) on the parent run, finished with this step.
 
-        `tags` are what is only known now; its children get them too, because filters of the UI drop those without.
+        `tags` are what is only known now; its children get them too. `description` is Markdown.
         """
 
 
-@dataclass
-class _Buffer:
-    """What has not reached the store yet."""
-
-    metrics: list[tuple[str, float, int, int]] = field(default_factory=list)  # name, value, ms since 1970, step
-    params: dict[str, str] = field(default_factory=dict)
-    datasets: list[tuple[str, str, str, str]] = field(default_factory=list)  # name, source, digest, context
-
-
 class ChildRun(Tracker):
-    """The child run of one step. No method raises what MLflow raises."""
+    """The run of one step, told to its journal. No method raises: a full disk ends the tracking, not the step."""
 
-    def __init__(self, experiment: Experiment, step: str, tags: Mapping[str, Any]) -> None:
-        self.experiment = experiment
-        self.step = step
-        self.tags = {"step": step, **tags}
-        self.start = store.now()
-        self._buffer = _Buffer()
-        self._last_flush = time.monotonic()
-        self._down = False  # the store failed: keep everything until the end
-        self._client: MlflowClient | None = None
+    def __init__(self, experiment: Experiment, step: str, name: str, **start: Any) -> None:
+        self.uri = experiment.uri
+        self._folder = Path.cwd() / journal.FOLDER
+        self._patient = True
+        self._warned = False
+        self._sampler: Sampler | None = None
+        self._journal: journal.Writer | None = None
+        with self._guard():
+            self._journal = journal.Writer(
+                self._folder,
+                uri=store.without_password(self.uri),
+                experiment=vars(experiment),
+                step=step,
+                name=name,
+                project=str(Path.cwd()),
+                **start,
+            )
+            start_sender(self._folder)
+            self._sampler = Sampler(self._sample)
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        now = store.now()
-        self._buffer.metrics += [(store.key(name), float(value), now, step or 0) for name, value in values.items()]
-        if time.monotonic() - self._last_flush >= FLUSH_SECONDS:
-            self.flush()
+        self._write("metrics", values={name: float(value) for name, value in values.items()}, step=step)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        self._buffer.params.update({store.key(name): str(value)[:PARAM_LENGTH] for name, value in values.items()})
+        self._write("params", values={name: str(value) for name, value in values.items()})
 
-    def dataset(self, name: str, source: str, digest: str, context: str = "") -> None:
-        self._buffer.datasets.append((name, source, digest[:DIGEST_LENGTH], context))
+    def dataset(self, name: str, source: str, digest: str, context: str = "", parent: bool = False) -> None:
+        self._write("dataset", name=name, source=source, digest=digest, context=context, parent=parent)
 
     def artifact(self, path: Path, folder: str | None = None, name: str | None = None) -> None:
-        with self._guard(f"artifact {name or path.name}"):
-            store.log_artifact(*self._run(), path, folder, name)
+        self._copy(path, folder, name or path.name)
 
     def close_parent(
-        self, metrics: Mapping[str, float], artifacts: Mapping[str, Path], tags: Mapping[str, Any]
+        self,
+        metrics: Mapping[str, float],
+        artifacts: Mapping[str, Path],
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any] | None = None,
+        description: str = "",
     ) -> None:
-        with self._guard("closing the experiment's run"):
-            store.close_parent(*self._run(), metrics, artifacts, tags)
+        for name, path in artifacts.items():
+            self._copy(path, None, name, parent=True)
+        self._write(
+            "close",
+            values={name: float(value) for name, value in metrics.items()},
+            tags={name: str(value) for name, value in tags.items()},
+            params={name: str(value) for name, value in (params or {}).items()},
+            description=description,
+        )
 
-    def flush(self) -> None:
-        """Send what is buffered, unless the store has already failed."""
-        self._last_flush = time.monotonic()
-        if not self._down:
-            with self._guard("sending values"):
-                self._send()
+    @property
+    def run_id(self) -> str | None:
+        state = self._wait(lambda state: state is not None and state.run_id is not None)
+        return state.run_id if state else None
+
+    @property
+    def parent_id(self) -> str | None:
+        state = self._wait(lambda state: state is not None and state.parent_id is not None)
+        return state.parent_id if state else None
 
     def finish(self, status: str, error: BaseException | None = None) -> None:
-        """Send the rest, even to a store that failed before, and end the run."""
-        self._down = False
-        self.flush()
-        if self._client is None or self.run_id is None:
+        """End the run and say so if the store has not got it."""
+        if self._sampler is not None:
+            self._sampler.stop()
+        text = f"{type(error).__name__}: {error}" if error is not None else None
+        self._write("end", status=status, error=text)
+        writer = self._journal
+        if writer is None:
             return
-        with self._guard(f"ending the run of step {self.step}"):
-            if error is not None:
-                self._client.set_tag(self.run_id, "error", f"{type(error).__name__}: {error}"[:TAG_LENGTH])
-            self._client.set_terminated(self.run_id, status)
+        if status == "KILLED":
+            self._patient = False  # who asked for an end shall not wait
+        state = self._wait(lambda state: not writer.path.exists())
+        if writer.path.exists():
+            reason = (state and state.problem) or f"no answer, see {journal.FOLDER / 'sender.txt'}"
+            _warn(
+                f"{store.without_password(self.uri)} does not take this run ({reason}); it is kept in {journal.FOLDER} "
+                "for the next step that reaches it, or for: python -m windquant sync"
+            )
+        else:
+            journal.state_path(writer.path).unlink(missing_ok=True)
+        if state and state.refused:
+            _warn(f"{store.without_password(self.uri)} refused a part of this run ({state.refused})")
+        writer.close()
+        self._journal = None
+
+    def _sample(self, values: dict[str, float], number: int) -> None:
+        self.metrics(values, number)
+        start_sender(self._folder)  # should it have died
+
+    def _write(self, kind: str, **content: Any) -> None:
+        with self._guard():
+            if self._journal is not None:
+                self._journal.write(kind, **content)
+
+    def _copy(self, path: Path, folder: str | None, name: str, parent: bool = False) -> None:
+        with self._guard():
+            if self._journal is not None:
+                self._journal.artifact(path, folder, name, parent)
 
     @contextlib.contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        """Turn failures into one warning; keep the step's random numbers as if nothing was tracked."""
-        state = random.getstate()
+    def _guard(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
-            self._down = True
-            _warn(f"{what} failed", error)
-        finally:
-            random.setstate(state)
+        except OSError as error:
+            if not self._warned:
+                _warn(f"{error.filename or journal.FOLDER}: {error.strerror}; the step goes on, a part of it untracked")
+            self._warned = True
 
-    def _run(self) -> "tuple[MlflowClient, str]":
-        """The client and the id of this step's run, made at the first call."""
-        if self._down:
-            raise ConnectionError("the store has failed before")
-        if self._client is None:
-            self._client = store.connect(self.experiment.uri)
-        if self.run_id is None:
-            experiment_id = store.ensure_experiment(self._client, self.experiment)
-            self.parent_id = store.ensure_parent(self._client, self.experiment, experiment_id)
-            tags = {**self.experiment.tags, **store.source_tags(self.step), **self.tags}
-            tags["mlflow.parentRunId"] = self.parent_id
-            run = self._client.create_run(experiment_id, start_time=self.start, tags=tags, run_name=self.step)
-            self.run_id = run.info.run_id
-        return self._client, self.run_id
+    def _wait(self, arrived: Callable[[journal.State | None], bool]) -> journal.State | None:
+        """The state as soon as `arrived` holds for it, the store is known to be down, or patience is at its end."""
+        if self._journal is None:
+            return None
+        path, deadline = self._journal.path, time.monotonic() + PATIENCE
+        while True:
+            state = journal.State.load(path)
+            if arrived(state):
+                return state
+            if state is not None and state.problem:
+                self._patient = False
+            if not self._patient:
+                return state
+            if time.monotonic() > deadline or not start_sender(self._folder):
+                self._patient = False
+            time.sleep(0.02)
 
-    def _send(self) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
-        client, run = self._run()
-        buffer, items = self._buffer, list(self._buffer.params.items())
-        for first in range(0, len(items), PARAMS_PER_BATCH):
-            client.log_batch(run, params=[Param(*item) for item in items[first : first + PARAMS_PER_BATCH]])
-        buffer.params = {}
-        while buffer.metrics:
-            client.log_batch(run, metrics=[Metric(*metric) for metric in buffer.metrics[:METRICS_PER_BATCH]])
-            del buffer.metrics[:METRICS_PER_BATCH]
-        if buffer.datasets:
-            inputs = [
-                DatasetInput(
-                    Dataset(name, digest, "local", json.dumps({"uri": source})),
-                    [InputTag("mlflow.data.context", context)],
-                )
-                for name, source, digest, context in buffer.datasets
-            ]
-            client.log_inputs(run, inputs)
-            buffer.datasets = []
+_starts: dict[Path, list[float]] = {}  # times at which this process has started a sender that is not to be seen yet
+
+
+def start_sender(folder: Path) -> bool:
+    """See to it that a sender works on the folder: a process of its own that outlives the step for some seconds.
+
+    False if none can be started, or none survives.
+    """
+    starts = _starts.setdefault(folder, [])
+    if starts and time.monotonic() - starts[-1] < RESTART_SECONDS:
+        return True
+    try:
+        if journal.has_sender(folder):
+            starts.clear()
+            return True
+        starts.append(time.monotonic())
+        if len(starts) > RESTARTS:
+            return False
+        _spawn(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _spawn(folder: Path) -> None:
+    package = str(Path(__file__).resolve().parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    with (folder / "sender.txt").open("w") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "windquant.sender", str(folder)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # what kills the step's group shall not kill the one who reports it
+        )
 
 
 @contextlib.contextmanager
-def child(experiment: Path | None, step: str, params: Mapping[str, Any], seed: int = 0) -> Iterator[Tracker]:
+def child(
+    experiment: Path | None,
+    step: str,
+    params: Mapping[str, Any],
+    seed: int = 0,
+    output: Path | None = None,
+    commit: str | None = None,
+    dirty: bool | None = None,
+) -> Iterator[Tracker]:
     """The tracker of one step; without an experiment file one that tracks nothing.
 
-    The run ends FINISHED, FAILED (an exception) or KILLED (SIGTERM, Ctrl-C).
+    The run ends FINISHED, FAILED (an exception) or KILLED (SIGTERM, Ctrl-C; by the sender after a SIGKILL).
     """
     if experiment is None:
         yield Tracker()
         return
-    tracker = ChildRun(Experiment.load(experiment), step, {"seed": str(seed)})
+    tracker = ChildRun(
+        Experiment.load(experiment),
+        step,
+        name=f"{step} {variant(step, output)}".strip(),
+        tags={"seed": str(seed), "artifact": str(output)},
+        source=source_tags(commit, dirty),
+    )
     tracker.params({**params, "seed": seed})
     try:
-        tracker.flush()
         yield tracker
     except BaseException as error:
         tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED", error)
@@ -203,35 +281,42 @@ def child(experiment: Path | None, step: str, params: Mapping[str, Any], seed: i
     tracker.finish("FINISHED")
 
 
-def _warn(what: str, error: Exception) -> None:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    print(f"warning: MLflow: {what}, going on without ({text[:300]})", file=sys.stderr, flush=True)
+def variant(step: str, output: Path | None) -> str:
+    """What tells a step's runs in one experiment apart: "quantized" of "m_2.0bits.ppo.quantized.STEP.json"."""
+    name, found, _ = (output.name if output else "").rpartition(f".{step}.json")
+    return name.rpartition(".")[2] if found else ""
+
+
+def source_tags(commit: str | None, dirty: bool | None) -> dict[str, str]:
+    """What `mlflow.start_run` would set and `MlflowClient.create_run` does not, and the version of the data."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        user = str(os.getuid())
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.user": user}
+    if commit is not None:
+        tags |= {"mlflow.source.git.commit": commit, "git_dirty": str(dirty).lower()}
+    with contextlib.suppress(OSError):
+        if found := re.search(r"\bmd5: *(\w+)", Path("data.dvc").read_text()):
+            tags["dvc.data"] = found[1]
+    return tags
+
+
+def _warn(text: str) -> None:
+    print("warning: MLflow:", " ".join(text.split())[:600], file=sys.stderr, flush=True)
 
 
 def run(task: "Task", settings: Settings) -> None:
-    """Make the parent run and write what the other steps need to find it. An unreachable store is no error."""
-    tags = {
-        "model": settings.model,
-        "target_bits": settings.bits,
-        "allocator": settings.allocator,
-        "chunk": settings.chunk,
-    }
-    experiment = Experiment(
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or store.LOCAL,
+    """Write what the steps need to find their parent run. The run itself is made with the first of them."""
+    tags = {"model": settings.model, "target_bits": settings.bits, "allocator": settings.allocator}
+    document = Experiment(
+        tracking_uri=store.without_password(os.environ.get("MLFLOW_TRACKING_URI") or store.LOCAL),
         name=settings.name,
-        experiment_id=None,
-        run_id=None,
         key=uuid.uuid4().hex,
         tags={name: str(value) for name, value in tags.items() if value is not None},
     )
-    document = dict(vars(experiment))
-    try:
-        client = store.connect(experiment.uri)
-        document["experiment_id"] = store.ensure_experiment(client, experiment)
-        document["run_id"] = store.create_parent(client, experiment, document["experiment_id"])
-    except Exception as error:
-        _warn("creating the experiment's run failed", error)
-    task.output.write_text(json.dumps(document, indent=1) + "\n")
+    task.output.write_text(json.dumps(vars(document), indent=1) + "\n")
+    start_sender(Path.cwd() / journal.FOLDER)  # it takes a few seconds to get ready
 
 
 if __name__ == "__main__":

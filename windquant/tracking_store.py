@@ -1,41 +1,50 @@
-"""Where runs are kept: the MLflow store, its experiment and the parent runs, found or made.
+"""The MLflow store: its experiment, the parent runs of our experiments, and the run of each step.
 
 Run and experiment ids belong to one store. A deleted mlflow.db, a clone with pulled data, or another server has none
-of them, so an experiment carries a key of its own, by which its parent run is found again or made anew.
+of them, so our runs carry keys of their own, by which they are found again.
+
+An experiment's parent run is open until its result is there. What runs later (after a change of the settings, say)
+opens a new parent, so that every result has a run of its own. The steps that all experiments of a model share have no
+result; they stay under one parent.
 """
 
 import contextlib
 import fcntl
-import getpass
+import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
+import re
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from windquant import manifest
 from windquant.errors import WindquantError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+    from windquant.journal import Event
+
 LOCAL = "sqlite:///mlflow.db"  # relative to the project, so that the experiment file means the same in a clone
-LOCK_SECONDS = 60.0  # to wait for another process that opens the store
-KEY_TAG = "windquant.experiment"  # identifies an experiment in any store, whatever its run id there
+LOCK_SECONDS = 60.0  # to wait for another process that works on the store
+EXPERIMENT_TAG = "windquant.experiment"  # identifies an experiment in any store, whatever its run id there
+RUN_TAG = "windquant.run"  # the same for the run of a step
+CLOSED_TAG = "windquant.closed"  # the parent has its result
 #: A dead server must cost seconds, not the minutes of MLflow's defaults. A user's own values win.
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# MLflow's own limits
+PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 6000, 8000, 36
+PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,16 @@ class Experiment:
 
     tracking_uri: str
     name: str  # of the MLflow experiment
-    experiment_id: str | None  # None where the store could not be reached
-    run_id: str | None  # the parent run
-    key: str
+    key: str  # identifies it in any store
     tags: dict[str, str]  # of the parent, copied to the children
 
     @classmethod
     def load(cls, path: Path) -> "Experiment":
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise WindquantError(f"--experiment {path}: not readable ({error}); delete it and run again") from error
+            document = json.loads(path.read_text())
+            return cls(**{field.name: document[field.name] for field in fields(cls)})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise WindquantError(f"--experiment {path}: not readable ({error!r}); delete it and run again") from error
 
     @property
     def uri(self) -> str:
@@ -63,92 +71,149 @@ class Experiment:
         database = sqlite_path(uri)
         return f"sqlite:///{database}" if database else uri
 
-    @property
-    def title(self) -> str:
-        """E.g. "smollm2-135m 2.0bits ppo"."""
-        bits = self.tags.get("target_bits")
-        return " ".join(filter(None, (self.tags.get("model"), bits and f"{bits}bits", self.tags.get("allocator"))))
 
-
-def connect(uri: str) -> "MlflowClient":
-    """A client of the store; a local database is created by one process at a time."""
+def load_mlflow() -> "type[MlflowClient]":
+    """Import MLflow, with our settings: that takes a second."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient  # takes a second
+    from mlflow.tracking import MlflowClient
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    with store_lock(uri):
-        return MlflowClient(uri)
+    return MlflowClient
 
 
-def ensure_experiment(client: "MlflowClient", experiment: Experiment) -> str:
+def connect(uri: str) -> "MlflowClient":
+    """A client of the store. Call it under `store_lock`: two processes that create one database break it."""
+    return load_mlflow()(uri)
+
+
+def ensure_experiment(client: "MlflowClient", uri: str, name: str) -> str:
     """Id of the MLflow experiment, found by name (ids differ between stores) or created."""
-    found = client.get_experiment_by_name(experiment.name)
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
     if found is None:
-        database = sqlite_path(experiment.uri)
+        database = sqlite_path(uri)
         location = str(database.with_name("mlartifacts")) if database else None
-        with store_lock(experiment.uri):
-            found = client.get_experiment_by_name(experiment.name)
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another machine was quicker
+            found = client.get_experiment_by_name(name)
             if found is None:
-                return str(client.create_experiment(experiment.name, artifact_location=location))
+                raise
     return str(found.experiment_id)
 
 
-def ensure_parent(client: "MlflowClient", experiment: Experiment, experiment_id: str) -> str:
-    """Id of the parent run; one that is not in this store (deleted, cloned, another server) is made anew, once."""
-    from mlflow.exceptions import MlflowException
-
-    if experiment.run_id is not None:
-        with contextlib.suppress(MlflowException):
-            run = client.get_run(experiment.run_id)
-            if run.info.lifecycle_stage == "active":
-                return str(run.info.run_id)
-    with store_lock(experiment.uri):
-        found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{experiment.key}'", max_results=1)
-        return str(found[0].info.run_id) if found else create_parent(client, experiment, experiment_id)
-
-
-def create_parent(client: "MlflowClient", experiment: Experiment, experiment_id: str) -> str:
-    from mlflow.entities import Param
-
-    tags = {**experiment.tags, **source_tags("windquant"), KEY_TAG: experiment.key}
-    run = client.create_run(experiment_id, tags=tags, run_name=experiment.title)
-    client.log_batch(run.info.run_id, params=[Param(*item) for item in experiment.tags.items()])
+def ensure_parent(client: "MlflowClient", experiment_id: str, experiment: Mapping[str, Any], start: "Event") -> str:
+    """Id of the parent run for a step that now starts: the open one, or a new one."""
+    key = f"{experiment['key']}.{place(start['project'])}"
+    found = client.search_runs(
+        [experiment_id], f"tags.`{EXPERIMENT_TAG}` = '{key}'", max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    if found and CLOSED_TAG not in found[0].data.tags:
+        run_id = str(found[0].info.run_id)
+        if found[0].info.status != "RUNNING":
+            client.update_run(run_id, status="RUNNING")
+        return run_id
+    tags = {**experiment["tags"], **start["source"], "mlflow.source.name": "windquant", EXPERIMENT_TAG: key}
+    run = client.create_run(experiment_id, start["time"], tags, title(experiment["tags"]))
+    log_params(client, run.info.run_id, experiment["tags"])
     return str(run.info.run_id)
 
 
-def close_parent(
-    client: "MlflowClient",
-    child: str,
-    metrics: Mapping[str, float],
-    artifacts: Mapping[str, Path],
-    tags: Mapping[str, Any],
-) -> None:
-    """Log all this on the parent of run `child`, whose children get the tags too, and mark it finished."""
-    from mlflow.entities import Metric, RunTag
-
-    info = client.get_run(child)
-    parent = info.data.tags["mlflow.parentRunId"]
-    numbers = [Metric(key(name), float(value), now(), 0) for name, value in metrics.items()]
-    texts = [RunTag(name, str(value)) for name, value in tags.items()]
-    client.log_batch(parent, metrics=numbers, tags=texts)
-    for name, path in artifacts.items():
-        log_artifact(client, parent, path, None, name)
-    for run in client.search_runs([info.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"):
-        client.log_batch(run.info.run_id, tags=texts)
-    client.set_terminated(parent, "FINISHED")
+def place(project: str) -> str:
+    """Eight letters for a project's folder: a clone with pulled data has its own parents on a common server."""
+    return hashlib.sha256(project.encode()).hexdigest()[:8]
 
 
-def source_tags(name: str) -> dict[str, str]:
-    """The tags that `mlflow.start_run` would set and `MlflowClient.create_run` does not."""
-    commit, dirty = manifest.git_state()
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        user = str(os.getuid())
-    tags = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", "mlflow.user": user}
-    return tags if commit is None else {**tags, "mlflow.source.git.commit": commit, "git_dirty": str(dirty).lower()}
+def title(tags: Mapping[str, str]) -> str:
+    """E.g. "smollm2-135m 2.0bits ppo", or "smollm2-135m shared steps"."""
+    bits = tags.get("target_bits")
+    parts = (bits and f"{bits}bits", tags.get("allocator")) if bits else ("shared steps",)
+    return " ".join(filter(None, (tags.get("model"), *parts)))
+
+
+def find_run(client: "MlflowClient", experiment_id: str, key: str) -> tuple[str, str] | None:
+    """(run id, parent's id) of a step that another sender has begun to send."""
+    found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{key}'", max_results=1)
+    return (str(found[0].info.run_id), str(found[0].data.tags["mlflow.parentRunId"])) if found else None
+
+
+def create_run(client: "MlflowClient", experiment_id: str, parent: str, key: str, start: "Event") -> str:
+    tags = {
+        **start["experiment"]["tags"],
+        **start["source"],
+        **start["tags"],
+        "mlflow.source.name": f"windquant.{start['step']}",
+        "mlflow.parentRunId": parent,
+        "step": start["step"],
+        RUN_TAG: key,
+    }
+    run = client.create_run(experiment_id, start_time=start["time"], tags=tags, run_name=start["name"])
+    return str(run.info.run_id)
+
+
+def log_params(client: "MlflowClient", run: str, values: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(key(name), str(value)[:PARAM_LENGTH]) for name, value in values.items()]
+    for first in range(0, len(params), PARAMS_PER_BATCH):
+        client.log_batch(run, params=params[first : first + PARAMS_PER_BATCH])
+
+
+def log_metrics(client: "MlflowClient", run: str, events: Iterable["Event"]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(key(name), value, event["time"], event.get("step") or 0)
+        for event in events
+        for name, value in event["values"].items()
+    ]
+    for first in range(0, len(metrics), METRICS_PER_BATCH):
+        client.log_batch(run, metrics=metrics[first : first + METRICS_PER_BATCH])
+
+
+def log_datasets(client: "MlflowClient", run: str, events: Iterable["Event"]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = [
+        DatasetInput(
+            Dataset(event["name"], event["digest"][:DIGEST_LENGTH], "local", json.dumps({"uri": event["source"]})),
+            [InputTag("mlflow.data.context", event["context"])],
+        )
+        for event in events
+    ]
+    if inputs:
+        client.log_inputs(run, inputs)
+
+
+def log_artifact(client: "MlflowClient", run: str, path: Path, folder: str | None) -> None:
+    if path.is_dir():
+        client.log_artifacts(run, str(path), "/".join(filter(None, (folder, path.name))))
+    else:
+        client.log_artifact(run, str(path), folder)
+
+
+def close_parent(client: "MlflowClient", experiment_id: str, parent: str, event: "Event") -> None:
+    """Log the experiment's key numbers on its run; its children get the tags too: filters of the UI need them.
+
+    The run is closed when the step that made the result has ended well, not before.
+    """
+    from mlflow.entities import RunTag
+
+    tags = [RunTag(name, str(value)[:TAG_LENGTH]) for name, value in event["tags"].items()]
+    log_metrics(client, parent, [event])
+    log_params(client, parent, event["params"])
+    for run in client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"):
+        client.log_batch(run.info.run_id, tags=tags)
+    note = RunTag("mlflow.note.content", event["description"][:TAG_LENGTH])
+    client.log_batch(parent, tags=[*tags, note] if note.value else tags)
+
+
+def without_password(uri: str) -> str:
+    """The store's address without `user:password@`: journals and experiment files are no place for it."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -158,8 +223,11 @@ def sqlite_path(uri: str) -> Path | None:
 
 @contextlib.contextmanager
 def store_lock(uri: str) -> Iterator[None]:
-    """Exclusive among the processes that share the store's folder; a killed owner frees it."""
-    database = sqlite_path(uri) or Path.cwd() / "mlflow.db"
+    """Exclusive among the processes that share a sqlite store; a killed owner frees it. Servers need none."""
+    database = sqlite_path(uri)
+    if database is None:
+        yield
+        return
     with database.with_name(database.name + ".lock").open("w") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
@@ -173,23 +241,6 @@ def store_lock(uri: str) -> Iterator[None]:
         yield
 
 
-def log_artifact(client: "MlflowClient", run: str, path: Path, folder: str | None, name: str | None) -> None:
-    if path.is_dir():
-        client.log_artifacts(run, str(path), "/".join(filter(None, (folder, name or path.name))))
-    elif name in (None, path.name):
-        client.log_artifact(run, str(path), folder)
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            copy = Path(scratch) / str(name)
-            shutil.copyfile(path, copy)
-            client.log_artifact(run, str(copy), folder)
-
-
 def key(name: str) -> str:
     """MLflow allows 250 letters, digits and `_-. :/` in names."""
     return "".join(c if (c.isascii() and c.isalnum()) or c in "_-. :/" else "_" for c in name)[:250]
-
-
-def now() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000

@@ -1,18 +1,25 @@
-"""Clones of the project, a configuration for the tiny model, and Snakemake as a user calls it."""
+"""Clones of the project, a configuration for the tiny model, its results, and Snakemake as a user calls it."""
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
+
+from windquant import journal
 
 ROOT = Path(__file__).resolve().parents[2]
 BITS = "4.0"  # at this size the metadata alone takes more than a bit
 MODEL = "tiny"
+RESULT = f"results/{MODEL}_{BITS}bits.json"
+GREEDY = f"results/{MODEL}_{BITS}bits.greedy.json"
+LOCAL = "local"  # folder of the tiny model and its text in a clone
 Snakemake = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -92,3 +99,46 @@ def snakemake() -> Snakemake:
         )
 
     return call
+
+
+@pytest.fixture(scope="session")
+def finished_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    clone: Callable[[], Path],
+    snakemake: Snakemake,
+    tiny_model_folder: Path,
+    text_file: Path,
+) -> Path:
+    """A clone with the tiny model's results for PPO and greedy, made once for all processes of pytest-xdist.
+
+    Never write to it: `finished` is a copy of one's own.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    note = shared / "finished.txt"  # the folder is not renamed: links to the model's files lead into it
+    with FileLock(shared / "finished.lock"):
+        if not note.exists():
+            made = clone()
+            shutil.copytree(tiny_model_folder, made / LOCAL / "model")
+            shutil.copy(text_file, made / LOCAL / "text.txt")
+            (made / "config" / "config.yaml").write_text(yaml.safe_dump(tiny_config(Path(LOCAL))))
+            done = snakemake(made, RESULT, GREEDY)
+            assert done.returncode == 0, done.stdout[-5000:]
+            deadline = time.monotonic() + 60
+            while list((made / journal.FOLDER).glob(f"*{journal.SUFFIX}")):  # runs on their way into the MLflow store
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            note.write_text(str(made))
+    return Path(note.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which the tiny model's results for PPO and greedy have been made; its model and text are in LOCAL.
+
+    The MLflow store is not copied: somebody may be writing to it.
+    """
+    folder = tmp_path_factory.mktemp("finished") / "clone"
+    ignored = shutil.ignore_patterns("mlflow.db*", "mlartifacts", journal.FOLDER.name)
+    shutil.copytree(finished_once, folder, symlinks=True, ignore=ignored)
+    return folder

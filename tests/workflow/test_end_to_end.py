@@ -1,27 +1,10 @@
 """The whole workflow on a tiny model, for real, and what runs again after a change."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from tests.workflow.conftest import BITS, MODEL, Snakemake
+from tests.workflow.conftest import BITS, GREEDY, LOCAL, MODEL, RESULT, Snakemake
 from tests.workflow.test_dry_run import CHAIN, planned
-
-RESULT = f"results/{MODEL}_{BITS}bits.json"
-GREEDY = f"results/{MODEL}_{BITS}bits.greedy.json"
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_folder: Path, clone: Callable[[], Path], snakemake: Snakemake) -> Path:
-    """A clone in which the tiny model's results for PPO and greedy have been made."""
-    folder = clone()
-    shutil.copy(tiny_folder / "config.yaml", folder / "config" / "config.yaml")
-    done = snakemake(folder, RESULT, GREEDY)
-    assert done.returncode == 0, done.stdout[-5000:]
-    return folder
 
 
 def again(folder: Path, snakemake: Snakemake, *arguments: str) -> dict[str, int]:
@@ -49,10 +32,10 @@ def test_result_and_everything_on_the_way(finished: Path) -> None:
     assert not list(finished.rglob("*.partial-*"))
 
 
-def test_tracking_has_a_run_for_every_step(finished: Path) -> None:
+def test_tracking_has_a_run_for_every_step(finished_once: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{finished_once / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, max_results=1000)
     assert {run.info.status for run in runs if "step" in run.data.tags} == {"FINISHED"}
@@ -109,8 +92,8 @@ def test_comments_rerun_nothing_and_code_reruns_its_step(finished: Path, snakema
     assert again(finished, snakemake, RESULT) == {}
 
 
-def test_changed_model_reruns_all(finished: Path, snakemake: Snakemake, tiny_folder: Path) -> None:
-    path = tiny_folder / "model" / "generation_config.json"
+def test_changed_model_reruns_all(finished: Path, snakemake: Snakemake) -> None:
+    path = finished / LOCAL / "model" / "generation_config.json"
     content = path.read_bytes()
     try:
         path.write_bytes(content.replace(b"}", b"\n}"))

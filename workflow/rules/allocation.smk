@@ -31,4 +31,4 @@ rule allocation:
         "python -m windquant.allocation --model {input.model} --calibration {input.calibration}"
         " --statistics {input.statistics} --bank {input.bank} --target-bits {wildcards.bits} --allocator {wildcards.allocator}"
         " --output {output.plan} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

@@ -27,4 +27,4 @@ rule bank:
     shell:
         "python -m windquant.bank --model {input.model} --statistics {input.statistics}"
         " --output {output.bank} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

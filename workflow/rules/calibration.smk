@@ -27,4 +27,4 @@ rule calibration:
     shell:
         "python -m windquant.calibration --model {input.model}"
         " --output {output.folder} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

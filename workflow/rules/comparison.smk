@@ -25,4 +25,5 @@ rule comparison:
     message:
         "comparison: allocators for {wildcards.model} at {wildcards.bits} bits"
     shell:
-        "python -m windquant.comparison --results {input.results} --output {output.comparison} 2>&1 | tee {log}"
+        "python -m windquant.comparison --results {input.results} --output {output.comparison}"
+        " --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

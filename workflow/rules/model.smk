@@ -23,4 +23,4 @@ rule model:
         "model: get {wildcards.model}"
     shell:
         "python -m windquant.models --output {output.folder} --experiment {input.experiment} --threads {threads}"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

@@ -29,7 +29,7 @@ rule perplexity_original:
         "python -m windquant.evaluation.perplexity --checkpoint {input.checkpoint}"
         " --calibration {input.calibration}"
         " --output {output.evaluation} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"
 
 
 use rule perplexity_original as perplexity with:

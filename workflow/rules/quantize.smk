@@ -31,4 +31,4 @@ rule quantize:
         "python -m windquant.quantize --model {input.model} --calibration {input.calibration}"
         " --statistics {input.statistics} --plan {input.plan}"
         " --output {output.checkpoint} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

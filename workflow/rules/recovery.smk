@@ -31,4 +31,4 @@ rule recovery:
         "python -m windquant.recovery --model {input.model} --calibration {input.calibration}"
         " --checkpoint {input.checkpoint}"
         " --output {output.checkpoint} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

@@ -63,4 +63,4 @@ rule result:
         " --perplexity-quantized {input.perplexity_quantized}"
         " --zero-shot-original {input.zero_shot_original} --zero-shot-quantized {input.zero_shot_quantized}"
         " --output {output.result} --experiment {input.experiment} --seed {params.seed}"
-        " --config-sha256={params.config_sha256} 2>&1 | tee {log}"
+        " --config-sha256={params.config_sha256} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

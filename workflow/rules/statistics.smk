@@ -28,4 +28,4 @@ rule statistics:
     shell:
         "python -m windquant.statistics --model {input.model} --calibration {input.calibration}"
         " --output {output.statistics} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

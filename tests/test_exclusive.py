@@ -1,0 +1,83 @@
+"""One workflow at a time, and nothing that the dead hold. (tests/workflow/test_faults.py does it with Snakemake.)"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from windquant import exclusive
+from windquant.errors import WindquantError
+
+CLAIM = """
+import sys, time
+from windquant import exclusive
+if sys.argv[1] == "snakemake":
+    exclusive.claim(["--cores", "1"])
+    print("ready", flush=True)
+    time.sleep(60)
+else:
+    with exclusive.running("step demo, which makes out"):
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exclusive, "_held", [])
+
+
+def start(what: str) -> subprocess.Popen[str]:
+    path = str(Path(exclusive.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLAIM, what], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("what", ["snakemake", "step"])
+def test_who_lives_is_named_and_who_is_dead_blocks_nobody(what: str) -> None:
+    Path(".snakemake").mkdir()
+    process = start(what)
+    Path(".snakemake/locks").mkdir(parents=True)
+    Path(".snakemake/locks/0.output.lock").write_text("left over")
+    with pytest.raises(WindquantError, match=f"process {process.pid}, since .* stop it with: kill {process.pid}$"):
+        exclusive.claim(["--cores", "1"])
+    assert exclusive.claim(["--cores", "1", "-n"]) is False
+    assert Path(".snakemake/locks").exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert exclusive.claim(["--cores", "1"]) is True
+    assert not Path(".snakemake/locks").exists()
+    assert not list(Path(".cache").rglob("*.json"))
+
+
+def test_a_step_by_hand_leaves_nothing() -> None:
+    with exclusive.running("x"):
+        assert not list(Path().iterdir())
+    Path(".snakemake").mkdir()
+    with exclusive.running("x"):
+        (path,) = Path(".cache/running").iterdir()
+        assert json.loads(path.read_text())[:2] == ["x", os.getpid()]
+    assert not list(Path(".cache/running").iterdir())
+
+
+@pytest.mark.parametrize(
+    "call", ["-n x", "--dry-run", "--dryrun", "-np", "--lint", "--summary x", "--unlock", "-c1 -n"]
+)
+def test_calls_that_look(call: str) -> None:
+    assert exclusive.claim(call.split()) is False
+
+
+@pytest.mark.parametrize(
+    "call", ["--cores 1 x", "-c 1 -p x", "-j4", "results/-n-.json --cores all", "--until bank -c1"]
+)
+def test_calls_that_work(call: str) -> None:
+    assert exclusive.claim(call.split()) is True

@@ -1,0 +1,263 @@
+"""Killed at random moments, two at once, a full disk, damaged artifacts: the workflow ends with the undisturbed bytes.
+
+WINDQUANT_KILLS=50 asks for more kills than CI's minutes allow.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.workflow.conftest import BITS, MODEL, Snakemake
+from windquant import manifest
+
+KILLS = int(os.environ.get("WINDQUANT_KILLS", "12"))
+RESULT = f"results/{MODEL}_{BITS}bits.json"
+#: What differs between two runs of the same thing, in the result and nowhere else.
+MEASURED = ("seconds", "peak_memory_bytes", "mlflow_run_id")
+ARTIFACTS = [
+    f"resources/models/{MODEL}",
+    f"data/calibration/{MODEL}",
+    f"data/statistics/{MODEL}.safetensors",
+    f"data/bank/{MODEL}.safetensors",
+    f"data/plans/{MODEL}_{BITS}bits.ppo.json",
+    f"data/checkpoints/{MODEL}_{BITS}bits.ppo/before_recovery",
+    f"data/checkpoints/{MODEL}_{BITS}bits.ppo/quantized",
+    f"data/evaluation/{MODEL}.original.perplexity.json",
+    f"data/evaluation/{MODEL}.original.zero_shot.json",
+    f"data/evaluation/{MODEL}_{BITS}bits.ppo.before_recovery.perplexity.json",
+    f"data/evaluation/{MODEL}_{BITS}bits.ppo.quantized.perplexity.json",
+    f"data/evaluation/{MODEL}_{BITS}bits.ppo.quantized.zero_shot.json",
+]
+
+
+@pytest.fixture(scope="module")
+def make_folder(tiny_folder: Path, clone: Callable[[], Path]) -> Callable[[], Path]:
+    def make() -> Path:
+        folder = clone()
+        shutil.copy(tiny_folder / "config.yaml", folder / "config" / "config.yaml")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make_folder: Callable[[], Path], snakemake: Snakemake) -> Path:
+    folder = make_folder()
+    done = snakemake(folder, RESULT)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return folder
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Digests of all artifacts as they are, and the result without what is measured anew each time."""
+    result = json.loads((folder / RESULT).read_text())
+    digests = {name: manifest.sha256(folder / name) for name in ARTIFACTS}
+    return {**digests, RESULT: {key: value for key, value in result.items() if key not in MEASURED}}
+
+
+class Run:
+    """`snakemake` in a process group of its own, output in `<folder>/run.log`."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MLFLOW"))}
+        command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "1", RESULT]
+        with (folder / "run.log").open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended by itself."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def runs(folder: Path) -> list[Any]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    found = client.search_runs([entry.experiment_id for entry in client.search_experiments()], max_results=5000)
+    return [run for run in found if "step" in run.data.tags]
+
+
+def test_killed_at_random_moments(
+    make_folder: Callable[[], Path], undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kill -9 of the whole group, again and again, until the workflow is through; then again from nothing."""
+    expected, chance = content(undisturbed), random.Random(0)
+    kills, rounds, folder = 0, 0, make_folder()
+    during: dict[str, int] = {}
+    while kills < KILLS or rounds == 0:
+        run = Run(folder)
+        # Starting Snakemake and importing torch takes about five seconds; a moment after that is in a step's work.
+        if not run.wait(chance.uniform(0.1, 12.0) if kills < KILLS else 600):
+            run.kill()
+            kills += 1
+            jobs = [line for line in (folder / "run.log").read_text().splitlines() if line.startswith("Job ")]
+            step = jobs[-1].partition(": ")[2].partition(":")[0] if jobs else "start"
+            during[step] = during.get(step, 0) + 1
+            continue
+        assert run.process.returncode == 0, (folder / "run.log").read_text()[-5000:]
+        assert content(folder) == expected
+        assert not list(folder.rglob("*.partial-*"))
+        rounds += 1
+        if kills < KILLS:
+            shutil.rmtree(folder)
+            folder = make_folder()
+    with capsys.disabled():
+        print(f"\n{kills} kills in {rounds} rounds, during {during}")
+    deadline = time.monotonic() + 30
+    while any(run.info.status == "RUNNING" for run in runs(folder)):  # the sender reports the dead
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert {run.info.status for run in runs(folder)} <= {"FINISHED", "KILLED"}
+
+
+def test_two_at_once_and_a_step_that_outlives_its_workflow(
+    make_folder: Callable[[], Path], snakemake: Snakemake
+) -> None:
+    folder = make_folder()
+    first = Run(folder)
+    try:
+        wait_for(lambda: (folder / ".snakemake/locks").exists() and list((folder / ".cache/running").glob("*.json")))
+        second = snakemake(folder, RESULT)
+        assert second.returncode == 1
+        (line,) = [line for line in second.stdout.splitlines() if line.startswith("error: ")]
+        assert "another snakemake works in" in line
+        assert f"kill {first.process.pid}" in line
+        assert "Traceback" not in second.stdout
+        assert snakemake(folder, "-n", RESULT).returncode == 0, "to look is no conflict"
+        first.process.kill()  # Snakemake alone
+        first.process.wait()
+        running = list((folder / ".cache/running").glob("*.json"))
+        if running:
+            third = snakemake(folder, RESULT)
+            assert "a step still runs in" in third.stdout
+            assert third.returncode == 1
+    finally:
+        os.killpg(first.process.pid, signal.SIGKILL)
+    again = snakemake(folder, f"data/experiments/{MODEL}.json")  # goes on, without --unlock
+    assert again.returncode == 0, again.stdout
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def replace(path: Path, data: bytes) -> None:
+    path.unlink()  # a local model's files are links to the user's own
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    replace(path, path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    replace(path, bytes(data))
+
+
+def empty(path: Path) -> None:
+    replace(path, b"")
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGES = (truncate, flip, empty, delete)
+
+
+def a_file(artifact: Path) -> Path:
+    """The artifact, or the largest file of its folder."""
+    files = [path for path in artifact.rglob("*") if path.name != manifest.SNAKEMAKE_MARK]
+    return max(files, key=lambda path: path.stat().st_size) if artifact.is_dir() else artifact
+
+
+@pytest.fixture
+def look(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """The artifacts that a look at the finished workflow finds damaged; every file is put back after the test."""
+    from windquant import integrity
+
+    monkeypatch.chdir(undisturbed)
+    kept = {path: (path.read_bytes(), path.stat()) for path in map(Path, ARTIFACTS) for path in [a_file(path)]}
+    kept |= {path: (path.read_bytes(), path.stat()) for name in ARTIFACTS for path in [Path(f"{name}.manifest.json")]}
+    yield lambda: [str(path) for path in integrity.check(set_aside=False)]
+    for path, (data, stat) in kept.items():
+        replace(path, data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("damage", DAMAGES[:3])
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_every_damage_is_found(name: str, damage: Callable[[Path], None], look: Callable[[], list[str]]) -> None:
+    assert look() == []
+    damage(a_file(Path(name)))
+    assert look() == [name]
+
+
+@pytest.mark.parametrize("damage", DAMAGES[:3])
+def test_damaged_manifests_are_found(damage: Callable[[Path], None], look: Callable[[], list[str]]) -> None:
+    for name in ARTIFACTS:
+        damage(Path(f"{name}.manifest.json"))
+    assert sorted(look()) == sorted(ARTIFACTS)
+
+
+def test_damage_without_a_trace_is_found_by_who_reads_it(look: Callable[[], list[str]]) -> None:
+    from windquant import integrity, step
+    from windquant.errors import WindquantError
+
+    name = ARTIFACTS[3]
+    stat = Path(name).stat()
+    flip(Path(name))
+    os.utime(name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert look() == [], "that is what the disk says"
+    with pytest.raises(WindquantError, match=f"{name}: damaged"):
+        step._digest("bank", Path(name))
+    assert look() == [name], "from then on the workflow knows"
+    integrity.remember(Path(name))
+    with pytest.raises(WindquantError, match="1 of 15 artifacts are damaged"):
+        integrity.main([])
+    assert look() == [name]
+
+
+def test_damaged_artifacts_are_made_again(undisturbed: Path, snakemake: Snakemake) -> None:
+    """Each artifact in another way, half of the manifests too; one run mends all of it."""
+    expected, damaged = content(undisturbed), []
+    for index, name in enumerate([*ARTIFACTS, RESULT, f"data/experiments/{MODEL}_{BITS}bits.ppo.json"]):
+        damage = DAMAGES[index % len(DAMAGES)]
+        damage(a_file(undisturbed / name))
+        if damage is not delete or (undisturbed / name).is_dir():
+            damaged.append(name)
+        if index % 2:
+            damage = DAMAGES[index // 2 % len(DAMAGES)]
+            damage(undisturbed / f"{name}.manifest.json")
+    done = snakemake(undisturbed, RESULT)
+    assert done.returncode == 0, done.stdout[-5000:]
+    for name in damaged:
+        assert f"warning: {name}: " in done.stdout
+    assert content(undisturbed) == expected
+    assert "Nothing to be done" in snakemake(undisturbed, RESULT).stdout

@@ -1,0 +1,98 @@
+"""One workflow at a time in a project's folder, and none that a dead one blocks.
+
+Snakemake's own lock outlives a killed Snakemake, and then refuses the next one until somebody says `--unlock`. Ours is
+held by living processes only: the kernel frees it. Who gets it knows that Snakemake's left-over lock belongs to nobody.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from windquant.errors import WindquantError
+
+LOCK = Path(".snakemake") / "windquant.lock"
+SNAKEMAKE_LOCKS = Path(".snakemake") / "locks"
+RUNNING = Path(".cache") / "running"  # a file for every step that runs, locked as long as it does
+#: Calls of Snakemake that only look.
+LOOKING = re.compile(
+    r"-[a-zA-Z]*n[a-zA-Z]*|--dry-?run|--lint|-[lSD]|--list\b.*|--(detailed-)?summary|--(dag|rulegraph|filegraph|d3dag)"
+    r"|--report\b.*|--unlock|--containerize|--generate-.*"
+)
+_held: list[IO[str]] = []  # open for the life of the process
+
+
+def claim(arguments: Sequence[str]) -> bool:
+    """Make this process the folder's only workflow; False for a call of Snakemake that only looks.
+
+    Raises WindquantError with the process that has it, a workflow or a step that outlived its own.
+    """
+    if any(LOOKING.fullmatch(argument) for argument in arguments):
+        return False
+    for folder in (".", ".snakemake", ".cache", "logs", "resources", "data", "results"):
+        if Path(folder).exists() and not os.access(folder, os.W_OK):
+            raise WindquantError(f"{folder}: cannot be written to (read-only?); make it writable and run again")
+    LOCK.parent.mkdir(exist_ok=True)
+    file = LOCK.open("a+")
+    try:
+        mine = _lock(file)
+    except OSError:  # a file system without locks: Snakemake's own must do
+        return True
+    if not mine:
+        raise WindquantError(f"another snakemake works in {Path.cwd()}: {_holder(file)}")
+    for path in RUNNING.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError), path.open("r+") as step:
+            if not _lock(step):
+                raise WindquantError(f"a step still runs in {Path.cwd()}, left by a killed snakemake: {_holder(step)}")
+            path.unlink()
+    _write(file, "snakemake")
+    _held.append(file)
+    shutil.rmtree(SNAKEMAKE_LOCKS, ignore_errors=True)
+    return True
+
+
+@contextlib.contextmanager
+def running(what: str) -> Iterator[None]:
+    """This process works on `what`, for the next workflow to see; no less where that cannot be written down."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            if LOCK.parent.is_dir():  # a step by hand, elsewhere, leaves nothing behind
+                RUNNING.mkdir(parents=True, exist_ok=True)
+                path = RUNNING.absolute() / f"{socket.gethostname()}-{os.getpid()}.json"
+                file = stack.enter_context(path.open("w"))
+                _lock(file)
+                stack.callback(path.unlink, missing_ok=True)
+                _write(file, what)
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write(file: IO[str], what: str) -> None:
+    file.seek(0)
+    file.truncate()
+    json.dump([what, os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")], file)
+    file.flush()
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        what, process, host, since = json.load(file)
+    except ValueError:  # it has just begun
+        return "wait until it is done"
+    there = "" if host == socket.gethostname() else f" on {host}"
+    return f"{what}, process {process}{there}, since {since}; wait until it is done, or stop it with: kill {process}"

@@ -1,0 +1,1 @@
+"""Reproducing a result elsewhere: sending it, getting it, recomputing it, and telling how it came about."""
