@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import shlex
 import tomllib
 from pathlib import Path
@@ -187,4 +188,5 @@ def test_locked_versions_are_those_of_the_project_and_of_conda() -> None:
 
 
 def canonical(pin: str) -> str:
-    return pin.strip().lower().replace("_", "-")
+    """Without the extras ("moto[server]"), which a lock does not name."""
+    return re.sub(r"\[.*]", "", pin.strip().lower().replace("_", "-"))

@@ -58,7 +58,7 @@ def test_bad_input_is_one_line(
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["what"]) == 2
     text = capsys.readouterr().err
-    assert all(text.count(name) == 2 for name in COMMANDS)
+    assert all(text.count(f"\n  {name} ") == 2 for name in COMMANDS)
     done = subprocess.run([sys.executable, "-m", "windquant", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert all(name in done.stdout for name in COMMANDS)
