@@ -119,7 +119,6 @@ def test_killed_at_random_moments(
         assert not list(folder.rglob("*.partial-*"))
         rounds += 1
         if kills < KILLS:
-            shutil.rmtree(folder)
             folder = make_folder()
     with capsys.disabled():
         print(f"\n{kills} kills in {rounds} rounds, during {during}")
