@@ -76,9 +76,20 @@ class LossMeter:
             device, dtype = parameter.device, parameter.dtype
             self.parts.append((parameter, parameter.detach().clone(), noise.to(device, dtype), unit_of.to(device)))
 
+    @torch.no_grad()
     def loss_gap(self, choice: NDArray[np.int64]) -> float:
         """Loss of the plan `choice` [U] above the original's, nats per token; inf where it is not finite."""
-        return self._gap(choice, self.ids, self.original)
+        chosen = self.relative[np.arange(len(choice)), choice]
+        relative = torch.from_numpy(np.append(chosen, 0.0)).float()  # the last one: protected columns, index -1
+        losses = []
+        for sign in (1, -1):
+            for parameter, weight, noise, unit_of in self.parts:
+                q = relative.to(unit_of.device)[unit_of]
+                keep, shake = (1 - q).to(weight.dtype), (q * (1 - q)).sqrt().to(weight.dtype)
+                torch.addcmul(weight * keep, noise, sign * shake, out=parameter)
+            losses.append(self._loss(self.model, self.ids))
+        gap = sum(losses) / 2 - self.original
+        return gap if np.isfinite(gap) else float("inf")
 
     def confirm(self, plans: list[Plan]) -> list[float]:
         """Loss gaps of plans on the text that `loss_gap` never sees, after really quantizing the model."""
@@ -90,20 +101,6 @@ class LossMeter:
             with compute.autocast():
                 gaps.append(self._loss(model, self.other) - self.other_original)
         return gaps
-
-    @torch.no_grad()
-    def _gap(self, choice: NDArray[np.int64], ids: Tensor, original: float) -> float:
-        chosen = self.relative[np.arange(len(choice)), choice]
-        relative = torch.from_numpy(np.append(chosen, 0.0)).float()  # the last one: protected columns, index -1
-        losses = []
-        for sign in (1, -1):
-            for parameter, weight, noise, unit_of in self.parts:
-                q = relative.to(unit_of.device)[unit_of]
-                keep, shake = (1 - q).to(weight.dtype), (q * (1 - q)).sqrt().to(weight.dtype)
-                torch.addcmul(weight * keep, noise, sign * shake, out=parameter)
-            losses.append(self._loss(self.model, ids))
-        gap = sum(losses) / 2 - original
-        return gap if np.isfinite(gap) else float("inf")
 
     @staticmethod
     @torch.no_grad()

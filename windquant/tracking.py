@@ -43,7 +43,7 @@ class Settings:
 
 
 class Tracker:
-    """What a step tells about itself. This one, without an experiment, tracks nothing."""
+    """What a step tells about itself. This one, without an experiment, tells nobody."""
 
     @property
     def run_id(self) -> str | None:
@@ -57,15 +57,19 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Numbers at a step of the search or training."""
+        self._write("metrics", values={name: float(value) for name, value in values.items()}, step=step)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Values that stay the same during the run."""
+        self._write("params", values={name: str(value) for name, value in values.items()})
 
     def artifact(self, path: Path, folder: str | None = None, name: str | None = None) -> None:
         """A file or a folder, copied at once (under another `name`, if given)."""
+        self._copy(path, folder, name or path.name)
 
     def dataset(self, name: str, source: str, digest: str, context: str = "", parent: bool = False) -> None:
         """Data that the run reads, or that the whole experiment (`parent`) is about."""
+        self._write("dataset", name=name, source=source, digest=digest, context=context, parent=parent)
 
     def close_parent(
         self,
@@ -79,6 +83,21 @@ class Tracker:
 
         `tags` are what is only known now; its children get them too. `description` is Markdown.
         """
+        for name, path in artifacts.items():
+            self._copy(path, None, name, parent=True)
+        self._write(
+            "close",
+            values={name: float(value) for name, value in metrics.items()},
+            tags={name: str(value) for name, value in tags.items()},
+            params={name: str(value) for name, value in (params or {}).items()},
+            description=description,
+        )
+
+    def _write(self, kind: str, **content: Any) -> None:
+        """An event."""
+
+    def _copy(self, path: Path, folder: str | None, name: str, parent: bool = False) -> None:
+        """An artifact; `parent` is whether it belongs to the experiment's run."""
 
 
 class ChildRun(Tracker):
@@ -103,36 +122,6 @@ class ChildRun(Tracker):
             )
             start_sender(self._folder)
             self._sampler = Sampler(self._sample)
-
-    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        self._write("metrics", values={name: float(value) for name, value in values.items()}, step=step)
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        self._write("params", values={name: str(value) for name, value in values.items()})
-
-    def dataset(self, name: str, source: str, digest: str, context: str = "", parent: bool = False) -> None:
-        self._write("dataset", name=name, source=source, digest=digest, context=context, parent=parent)
-
-    def artifact(self, path: Path, folder: str | None = None, name: str | None = None) -> None:
-        self._copy(path, folder, name or path.name)
-
-    def close_parent(
-        self,
-        metrics: Mapping[str, float],
-        artifacts: Mapping[str, Path],
-        tags: Mapping[str, Any],
-        params: Mapping[str, Any] | None = None,
-        description: str = "",
-    ) -> None:
-        for name, path in artifacts.items():
-            self._copy(path, None, name, parent=True)
-        self._write(
-            "close",
-            values={name: float(value) for name, value in metrics.items()},
-            tags={name: str(value) for name, value in tags.items()},
-            params={name: str(value) for name, value in (params or {}).items()},
-            description=description,
-        )
 
     @property
     def run_id(self) -> str | None:

@@ -140,11 +140,10 @@ def _tensors(old: Path, new: Path, allowed: Tolerance) -> Iterator[tuple[str, fl
 
     try:
         with safe_open(old, framework="pt") as first, safe_open(new, framework="pt") as second:
-            names = sorted({*first.keys(), *second.keys()})
-            for name in names:
-                if name not in first.keys() or name not in second.keys():  # noqa: SIM118 (not a dict)
-                    yield f"{name}: only in one of them", None
-                    continue
+            ours, theirs = set(first.keys()), set(second.keys())
+            for name in sorted(ours ^ theirs):
+                yield f"{name}: only in one of them", None
+            for name in sorted(ours & theirs):
                 a, b = first.get_tensor(name), second.get_tensor(name)
                 if a.shape != b.shape or a.dtype != b.dtype:
                     yield f"{name}: {list(a.shape)} {a.dtype} and {list(b.shape)} {b.dtype}", None

@@ -98,8 +98,9 @@ def _surprises(root: Path) -> Iterator[str]:
     results = [
         str(path.relative_to(root)) for path in sorted((root / RESULTS).glob("*")) if manifest_path(path).exists()
     ]
-    if results and (todo := dryrun.plan(root, results)).rules:
-        yield f"Snakemake would make results again here, and so it would in a clone: {todo.text}"
+    plan = dryrun.plan(root, results) if results else None
+    if plan and plan.rules:
+        yield f"Snakemake would make results again here, and so it would in a clone: {plan.text}"
 
 
 @contextlib.contextmanager
