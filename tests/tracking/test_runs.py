@@ -1,51 +1,25 @@
 """Tracking in a real MLflow store: parents, children, and what becomes of them when something dies."""
 
 import json
-import os
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mlflow.entities import Run
-from mlflow.tracking import MlflowClient
 
+from tests.tracking.experiments import children, client, eventually, parents
 from windquant import delivery, journal, sender, step, system_metrics, tracking, tracking_store
 from windquant.errors import WindquantError
-
-PROJECT = Path(step.__file__).parents[1]
 
 
 @dataclass(frozen=True)
 class Settings:
     rate: float = 0.1  # of something
     names: tuple[str, ...] = ("a", "b")  # of something
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables and nothing in them: making one takes seconds."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking_store.connect(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(delivery, "BATCH", 0.1)
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    return tmp_path
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +35,7 @@ def quick_sender(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return True
 
     monkeypatch.setattr(tracking, "start_sender", start)
+    monkeypatch.setattr(delivery, "BATCH", 0.1)
     yield
     for thread in threads:
         thread.join()
@@ -77,36 +52,9 @@ def main(run: Callable[[step.Task, Settings], None], *argv: str) -> None:
     step.main("demo", run, Settings, ("source?",), argv=arguments, light=True)
 
 
-def client() -> MlflowClient:
-    return MlflowClient(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
-
-
-def all_runs(of: MlflowClient | None = None) -> list[Run]:
-    """The newest first."""
-    of = of or client()
-    return list(of.search_runs([entry.experiment_id for entry in of.search_experiments()], max_results=5000))
-
-
-def parents() -> list[Run]:
-    return [run for run in all_runs() if "mlflow.parentRunId" not in run.data.tags]
-
-
-def children(parent: Run | None = None) -> list[Run]:
-    found = [run for run in all_runs() if "mlflow.parentRunId" in run.data.tags]
-    return [run for run in found if parent is None or run.data.tags["mlflow.parentRunId"] == parent.info.run_id]
-
-
 def manifest_run() -> str | None:
     found: str | None = json.loads(Path("out.manifest.json").read_text())["mlflow_run_id"]
     return found
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return value
 
 
 def write(task: step.Task, settings: Settings) -> None:
@@ -391,109 +339,6 @@ def test_an_experiment_of_an_older_version_goes_on() -> None:
     Path("e.json").write_text("{}")
     with pytest.raises(SystemExit):
         main(write)
-
-
-WORKER = """
-    import sys, time
-    from dataclasses import dataclass
-    from pathlib import Path
-    from windquant import step, tracking
-
-    @dataclass(frozen=True)
-    class Settings:
-        seconds: float = 0.0  # to sleep
-
-    def run(task, settings):
-        for index in range(200):
-            task.metric("loss", index, index)
-        task.output.write_text("x")
-        task.artifact(task.output)
-        Path("started").touch()
-        time.sleep(settings.seconds)
-
-    def close(task, settings):
-        run(task, settings)
-        task.tracker.close_parent({"perplexity": 1.0}, {"result.json": task.output}, {"chunk": 64}, {"a": 1})
-
-    if __name__ == "__main__":
-        name, seconds = sys.argv[1:3]
-        argv = ["--model", name, "--bits", "2.0", "--output", name + ".json"]
-        rest = ["--experiment", name + ".json", "--seconds", seconds]
-        if not Path(name + ".json").exists():
-            step.main("experiment", tracking.run, tracking.Settings, argv=argv, light=True)
-        step.main("demo", run, Settings, argv=["--output", name, *rest], light=True)
-        step.main("result", close, Settings, argv=["--output", name + "-result", *rest], light=True)
-"""
-
-
-def worker(folder: Path, name: str, seconds: float = 0, **environment: str) -> subprocess.Popen[str]:
-    """An experiment of two steps in a process of its own, with a real sender."""
-    folder.mkdir(exist_ok=True)
-    (folder / "worker.py").write_text(textwrap.dedent(WORKER))
-    return subprocess.Popen(
-        [sys.executable, "worker.py", name, str(seconds)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def complete(runs: list[Run], names: list[str]) -> None:
-    """Every experiment has its parent and its two steps, all of them finished and with every number."""
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert sorted((run.data.tags["model"], run.data.tags.get("step", "")) for run in runs) == sorted(
-        (name, step) for name in names for step in ("", "demo", "result")
-    )
-    for run in runs:
-        if run.data.tags.get("step"):
-            assert run.data.metrics["loss"] == 199
-        else:
-            assert run.data.metrics == {"perplexity": 1.0}
-
-
-def test_eight_experiments_at_once_into_one_sqlite_store_that_is_not_there_yet(tmp_path: Path) -> None:
-    Path("mlflow.db").unlink()
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    names = [f"m{index}" for index in range(8)]
-    processes = [worker(tmp_path / name, name, MLFLOW_TRACKING_URI=uri) for name in names]
-    errors = [process.communicate(timeout=180)[1] for process in processes]
-    assert errors == [""] * 8
-    complete(all_runs(), names)
-    for run in all_runs():
-        if "step" in run.data.tags:
-            assert len(client().get_metric_history(run.info.run_id, "loss")) == 200
-
-
-def test_a_killed_step_is_reported_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    killed = worker(tmp_path, "m", 60)
-    eventually(lambda: Path("started").exists())
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    run = eventually(lambda: [run for run in children() if run.info.status != "RUNNING"])[0]
-    assert run.info.status == "KILLED"
-    assert "out of memory?" in run.data.tags["error"]
-    assert run.data.metrics["loss"] == 199, "what it had told is not lost"
-    assert worker(tmp_path, "m").communicate(timeout=60)[1] == ""
-    (parent,) = parents()
-    assert parent.info.status == "FINISHED"
-    assert sorted(run.info.status for run in children(parent)) == ["FINISHED", "FINISHED", "KILLED"]
-
-
-def test_an_mlflow_that_cannot_be_imported_costs_seconds(tmp_path: Path) -> None:
-    (tmp_path / "broken" / "mlflow").mkdir(parents=True)
-    (tmp_path / "broken" / "mlflow" / "__init__.py").write_text("raise ImportError('half an update')")
-    begin = time.monotonic()
-    process = worker(tmp_path, "m", PYTHONPATH=f"{PROJECT}{os.pathsep}{tmp_path / 'broken'}")
-    errors = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 0
-    assert time.monotonic() - begin < 30
-    assert len(errors) == 2
-    assert "no answer, see logs/tracking/sender.txt" in errors[0]
-    assert "half an update" in Path("logs/tracking/sender.txt").read_text()
-    assert len(journal.journals(Path("logs/tracking"))) == 2
 
 
 def test_system_metrics() -> None:
