@@ -78,6 +78,20 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 
 @pytest.fixture(scope="session")
+def tiny_clone(clone: Callable[[], Path], tiny_model_folder: Path, text_file: Path) -> Callable[[], Path]:
+    """Makes a clone that is configured for the tiny model; its model and text are in LOCAL."""
+
+    def make() -> Path:
+        folder = clone()
+        shutil.copytree(tiny_model_folder, folder / LOCAL / "model")
+        shutil.copy(text_file, folder / LOCAL / "text.txt")
+        (folder / "config" / "config.yaml").write_text(yaml.safe_dump(tiny_config(Path(LOCAL))))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def snakemake() -> Snakemake:
     """Runs snakemake in a folder as a user does, with no way to any network; output and errors in `stdout`."""
 
@@ -103,11 +117,7 @@ def snakemake() -> Snakemake:
 
 @pytest.fixture(scope="session")
 def finished_once(
-    tmp_path_factory: pytest.TempPathFactory,
-    clone: Callable[[], Path],
-    snakemake: Snakemake,
-    tiny_model_folder: Path,
-    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory, tiny_clone: Callable[[], Path], snakemake: Snakemake
 ) -> Path:
     """A clone with the tiny model's results for PPO and greedy, made once for all processes of pytest-xdist.
 
@@ -118,10 +128,7 @@ def finished_once(
     note = shared / "finished.txt"  # the folder is not renamed: links to the model's files lead into it
     with FileLock(shared / "finished.lock"):
         if not note.exists():
-            made = clone()
-            shutil.copytree(tiny_model_folder, made / LOCAL / "model")
-            shutil.copy(text_file, made / LOCAL / "text.txt")
-            (made / "config" / "config.yaml").write_text(yaml.safe_dump(tiny_config(Path(LOCAL))))
+            made = tiny_clone()
             done = snakemake(made, RESULT, GREEDY)
             assert done.returncode == 0, done.stdout[-5000:]
             deadline = time.monotonic() + 60
@@ -134,7 +141,7 @@ def finished_once(
 
 @pytest.fixture(scope="module")
 def finished(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which the tiny model's results for PPO and greedy have been made; its model and text are in LOCAL.
+    """A `tiny_clone` in which the results for PPO and greedy have been made.
 
     The MLflow store is not copied: somebody may be writing to it.
     """

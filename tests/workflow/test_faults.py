@@ -6,7 +6,6 @@ WINDQUANT_KILLS=50 asks for more kills than CI's minutes allow.
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.workflow.conftest import BITS, MODEL, Snakemake
+from tests.workflow.conftest import BITS, MODEL, RESULT, Snakemake
 from windquant import manifest
 
 KILLS = int(os.environ.get("WINDQUANT_KILLS", "12"))
-RESULT = f"results/{MODEL}_{BITS}bits.json"
 #: What differs between two runs of the same thing, in the result and nowhere else.
 MEASURED = ("seconds", "peak_memory_bytes", "mlflow_run_id")
 ARTIFACTS = [
@@ -38,24 +36,6 @@ ARTIFACTS = [
     f"data/evaluation/{MODEL}_{BITS}bits.ppo.quantized.perplexity.json",
     f"data/evaluation/{MODEL}_{BITS}bits.ppo.quantized.zero_shot.json",
 ]
-
-
-@pytest.fixture(scope="module")
-def make_folder(tiny_folder: Path, clone: Callable[[], Path]) -> Callable[[], Path]:
-    def make() -> Path:
-        folder = clone()
-        shutil.copy(tiny_folder / "config.yaml", folder / "config" / "config.yaml")
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def undisturbed(make_folder: Callable[[], Path], snakemake: Snakemake) -> Path:
-    folder = make_folder()
-    done = snakemake(folder, RESULT)
-    assert done.returncode == 0, done.stdout[-5000:]
-    return folder
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -98,11 +78,11 @@ def runs(folder: Path) -> list[Any]:
 
 
 def test_killed_at_random_moments(
-    make_folder: Callable[[], Path], undisturbed: Path, capsys: pytest.CaptureFixture[str]
+    tiny_clone: Callable[[], Path], finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Kill -9 of the whole group, again and again, until the workflow is through; then again from nothing."""
-    expected, chance = content(undisturbed), random.Random(0)
-    kills, rounds, folder = 0, 0, make_folder()
+    expected, chance = content(finished), random.Random(0)
+    kills, rounds, folder = 0, 0, tiny_clone()
     during: dict[str, int] = {}
     while kills < KILLS or rounds == 0:
         run = Run(folder)
@@ -119,7 +99,7 @@ def test_killed_at_random_moments(
         assert not list(folder.rglob("*.partial-*"))
         rounds += 1
         if kills < KILLS:
-            folder = make_folder()
+            folder = tiny_clone()
     with capsys.disabled():
         print(f"\n{kills} kills in {rounds} rounds, during {during}")
     deadline = time.monotonic() + 30
@@ -130,9 +110,9 @@ def test_killed_at_random_moments(
 
 
 def test_two_at_once_and_a_step_that_outlives_its_workflow(
-    make_folder: Callable[[], Path], snakemake: Snakemake
+    tiny_clone: Callable[[], Path], snakemake: Snakemake
 ) -> None:
-    folder = make_folder()
+    folder = tiny_clone()
     first = Run(folder)
     try:
         wait_for(lambda: (folder / ".snakemake/locks").exists() and list((folder / ".cache/running").glob("*.json")))
@@ -197,11 +177,11 @@ def a_file(artifact: Path) -> Path:
 
 
 @pytest.fixture
-def look(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+def look(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
     """The artifacts that a look at the finished workflow finds damaged; every file is put back after the test."""
     from windquant import integrity
 
-    monkeypatch.chdir(undisturbed)
+    monkeypatch.chdir(finished)
     kept = {path: (path.read_bytes(), path.stat()) for path in map(Path, ARTIFACTS) for path in [a_file(path)]}
     kept |= {path: (path.read_bytes(), path.stat()) for name in ARTIFACTS for path in [Path(f"{name}.manifest.json")]}
     yield lambda: [str(path) for path in integrity.check(set_aside=False)]
@@ -238,25 +218,25 @@ def test_damage_without_a_trace_is_found_by_who_reads_it(look: Callable[[], list
         step._digest("bank", Path(name))
     assert look() == [name], "from then on the workflow knows"
     integrity.remember(Path(name))
-    with pytest.raises(WindquantError, match="1 of 15 artifacts are damaged"):
+    with pytest.raises(WindquantError, match=r"1 of \d+ artifacts are damaged"):
         integrity.main([])
     assert look() == [name]
 
 
-def test_damaged_artifacts_are_made_again(undisturbed: Path, snakemake: Snakemake) -> None:
+def test_damaged_artifacts_are_made_again(finished: Path, snakemake: Snakemake) -> None:
     """Each artifact in another way, half of the manifests too; one run mends all of it."""
-    expected, damaged = content(undisturbed), []
+    expected, damaged = content(finished), []
     for index, name in enumerate([*ARTIFACTS, RESULT, f"data/experiments/{MODEL}_{BITS}bits.ppo.json"]):
         damage = DAMAGES[index % len(DAMAGES)]
-        damage(a_file(undisturbed / name))
-        if damage is not delete or (undisturbed / name).is_dir():
+        damage(a_file(finished / name))
+        if damage is not delete or (finished / name).is_dir():
             damaged.append(name)
         if index % 2:
             damage = DAMAGES[index // 2 % len(DAMAGES)]
-            damage(undisturbed / f"{name}.manifest.json")
-    done = snakemake(undisturbed, RESULT)
+            damage(finished / f"{name}.manifest.json")
+    done = snakemake(finished, RESULT)
     assert done.returncode == 0, done.stdout[-5000:]
     for name in damaged:
         assert f"warning: {name}: " in done.stdout
-    assert content(undisturbed) == expected
-    assert "Nothing to be done" in snakemake(undisturbed, RESULT).stdout
+    assert content(finished) == expected
+    assert "Nothing to be done" in snakemake(finished, RESULT).stdout
