@@ -45,7 +45,7 @@ def run(task: step.Task, settings: Settings) -> None:
 
     tensors = compute.with_smaller_batches(settings.batch, quantized)
     streaming.fill(model, layouts)
-    measured = checkpoint.write(task.output, model.cpu(), layouts, tensors, plan, task.inputs["model"])
+    measured = checkpoint.write(task.output, model, layouts, tensors, plan, task.inputs["model"])
     if measured.measured_bytes != plan.bytes:
         raise RuntimeError(f"the checkpoint takes {measured.measured_bytes} bytes, the plan predicted {plan.bytes}")
     task.note("effective_bits", measured.effective_bits)

@@ -144,11 +144,11 @@ def open_source(folder: Path, dtype: torch.dtype = torch.float32) -> Source:
 
 
 def fill(model: nn.Module, without: Container[str]) -> None:
-    """Give a streamed model all that its decoder layers have besides the weights of the linears `without`."""
+    """Put all of a model on the CPU, read from its files where it is streamed, but the weights of linears `without`."""
     source: Source | None = getattr(model, SOURCE, None)
     for name, tensor in model.state_dict().items():
-        if source is not None and tensor.is_meta and name.removesuffix(".weight") not in without:
-            _put(model, name, source.parameter(name))
+        if name.removesuffix(".weight") not in without:
+            _put(model, name, source.parameter(name) if source is not None and tensor.is_meta else tensor.cpu())
 
 
 def walk(model: nn.Module, order: Iterable[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
