@@ -4,6 +4,7 @@ Everything stays small: window 8 and two trellis patterns, because numba compile
 """
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from transformers import PreTrainedModel
 
 from tests.checkpoint.making import tiny
 from windquant import bank, compute, models, statistics, step
-from windquant.decoder import quantizable
 from windquant.plan import Plan
 from windquant.units import Linear
 
@@ -89,11 +89,13 @@ def inputs_of(model: nn.Module, linears: list[Linear]) -> Iterator[dict[str, Ten
 
 def statistics_of(model: PreTrainedModel, ids: Tensor) -> statistics.Statistics:
     """As the step makes them, in float32."""
-    linears = quantizable(model)
     with in_float32():
-        energy, conditional = statistics.forward(model, linears, ids, 4, int)
-        fisher = statistics.backward(model, linears, ids, 4, int)
-    return statistics.Statistics(linears, energy, conditional, fisher)
+        return collected(model, ids, 4)
+
+
+def collected(model: PreTrainedModel, ids: Tensor, batch: int) -> statistics.Statistics:
+    """Statistics of a model in memory, the Fisher weights of all ids."""
+    return statistics.collected(model, ids, batch, len(ids), Path(tempfile.gettempdir()), int)
 
 
 def save_calibration(folder: Path, ids: Tensor) -> Path:

@@ -51,10 +51,10 @@ def test_a_model_that_knows_nothing_scores_its_vocabulary(tiny_model_folder: Pat
     assert score.standard_error == 0.0
 
 
-def test_progress_counts_windows(tiny_model_folder: Path, ids: torch.Tensor) -> None:
+def test_progress_counts_layers(tiny_model_folder: Path, ids: torch.Tensor) -> None:
     seen: list[int] = []
     perplexity(models.load(tiny_model_folder), ids, 2, seen.append)
-    assert seen == [2, 2, 1]
+    assert seen == [1, 1]
 
 
 def test_spread_is_even_and_never_more_than_there_is() -> None:

@@ -13,6 +13,7 @@ COMMANDS = {  # name: module, what it does
     "inspect": ("windquant.checkpoint.inspection", "size, effective bits and plan of a packed checkpoint"),
     "check": ("windquant.integrity", "compare every artifact of the workflow with its digest"),
     "sync": ("windquant.sender", "send the runs that the MLflow store has not got yet"),
+    "estimate": ("windquant.estimate", "time, memory and disk that a result will take, step by step"),
     "generate": ("windquant.checkpoint.generation", "continue a text with a model, token by token"),
     "push": ("windquant.reproduce.push", "send data/ and the results to the DVC remote"),
     "pull": ("windquant.reproduce.pull", "get them, and the models they were made from"),

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from windquant import models, step
+from windquant import step, streaming
 from windquant.errors import WindquantError
 from windquant.feedback import column_order
 from windquant.packed import fixed_bytes, unit_bytes
@@ -164,12 +164,12 @@ class Bank:
 
 def run(task: step.Task, settings: Settings) -> None:
     statistics = Statistics.load(task.inputs["statistics"])
-    model = models.load(task.inputs["model"])
+    source = streaming.open_source(task.inputs["model"])
     stored = AutoConfig.from_pretrained(task.inputs["model"], trust_remote_code=False, local_files_only=True)
     original = "float16" if stored.get_text_config().dtype == torch.float16 else "bfloat16"  # not that of `model`
     units = Units(settings.chunk, settings.protected, settings.window, settings.order, original)
     progress = task.progress(statistics.linears, label="bank")
-    weights = ((linear, model.get_parameter(f"{linear.name}.weight")) for linear in progress)
+    weights = ((linear, source.parameter(f"{linear.name}.weight")) for linear in progress)
     bank = make(task.inputs["model"].name, weights, statistics, units, menu(settings.treatment))
     bank.save(task.output)
     task.note("units", len(bank.linear))

@@ -1,12 +1,17 @@
 """Where and how precisely the heavy passes run: the device, and BF16 where the processor multiplies it natively."""
 
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from windquant.errors import WindquantError
+
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -33,3 +38,21 @@ def autocast() -> AbstractContextManager[object]:
     Perplexity is never measured under it.
     """
     return torch.autocast(device().type, torch.bfloat16) if native_bfloat16() else nullcontext()
+
+
+def with_smaller_batches(batch: int, compute: Callable[[int], T]) -> T:
+    """`compute(batch)`; where the GPU's memory does not suffice, again with half the batch, and says so.
+
+    Raises WindquantError where a batch of one does not fit.
+    """
+    while True:
+        try:
+            return compute(batch)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+        if batch == 1:
+            raise WindquantError(f"out of GPU memory with a batch of 1 ({reason}); use a GPU with more, or the CPU")
+        batch //= 2  # outside of `except`: the error's traceback holds what filled the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"out of GPU memory ({reason}): again with a batch of {batch}", file=sys.stderr, flush=True)

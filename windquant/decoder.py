@@ -97,31 +97,47 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 
 def quantizable(model: nn.Module) -> list[Linear]:
-    """The linears inside the decoder layers, in model order, grouped by the input they read.
-
-    Two linears of a layer share a group when one probing forward of two tokens hands both the same tensor (q/k/v,
-    gate/up). Linears that the probe never reaches keep a group of their own.
-    """
+    """The linears inside the decoder layers of a model in memory, in model order, grouped by the input they read."""
     prefix, layers = decoder_layers(model)
-    probe = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    result = []
-    with torch.no_grad():
-        hidden, calls = embed(model, probe)
-        for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-            inputs: dict[str, Tensor] = {}  # holding the tensors keeps their identities distinct
+    probe = Probe(model)
+    return [linear for index, layer in enumerate(layers) for linear in probe.linears(prefix, index, layer)]
 
-            def see(name: str, x: Tensor, _: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
-                inputs[name] = x
 
-            with watch(layer, see):
-                hidden = run_layer(layer, hidden, call)
-            first: dict[int, str] = {}
-            for name, linear in _linears(layer).items():
-                full = f"{prefix}.{index}.{name}"
-                group = first.setdefault(id(inputs[name]), full) if name in inputs else full
-                rows, columns = linear.weight.shape
-                result.append(Linear(full, name.rsplit(".", 1)[-1], index, group, rows, columns))
-    return result
+class Probe:
+    """Walks two tokens through the decoder layers and tells which linears of a layer read the same input.
+
+    Two linears share a group when the layer hands both the same tensor (q/k/v, gate/up). Linears that the probe never
+    reaches keep a group of their own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
+        with torch.no_grad():
+            self.hidden, self.calls = embed(model, ids)
+
+    @torch.no_grad()
+    def linears(self, prefix: str, index: int, layer: nn.Module) -> list[Linear]:
+        """The linears of decoder layer `index`; layers come in their order."""
+        inputs: dict[str, Tensor] = {}  # holding the tensors keeps their identities distinct
+
+        def see(name: str, x: Tensor, _: Tensor) -> None:
+            inputs[name] = x
+
+        with watch(layer, see):
+            self.hidden = run_layer(layer, self.hidden, self.calls[index])
+        first: dict[int, str] = {}
+        result = []
+        for name, linear in _linears(layer).items():
+            full = f"{prefix}.{index}.{name}"
+            group = first.setdefault(id(inputs[name]), full) if name in inputs else full
+            rows, columns = linear.weight.shape
+            result.append(Linear(full, name.rsplit(".", 1)[-1], index, group, rows, columns))
+        return result
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: the device of its embeddings; decoder layers may have no memory (streaming.py)."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
 
 
 @contextmanager

@@ -99,12 +99,12 @@ def check_folder(folder: Path) -> int:
 
     Reads every weight once, a tensor at a time. Raises WindquantError naming the file or tensor.
     """
-    config = _config(folder)
+    config = configuration(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise WindquantError(f"{folder}: the model is quantized already; give the original one")
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = AutoModelForCausalLM.fromconfiguration(config)
     except (ValueError, KeyError) as error:
         raise WindquantError(f"{folder}: not a causal language model of transformers ({first_line(error)})") from error
     decoder_layers(skeleton)
@@ -125,12 +125,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     Packed windquant checkpoints load too. Raises WindquantError naming the file or tensor if something is missing,
     truncated, NaN or Inf, needs remote code or is no safetensors.
     """
-    config = _config(folder)
+    config = configuration(folder)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        if method != "windquant":
-            raise WindquantError(f"{folder}: quantized by {method}; give the original model")
+        check_method(folder, quantization)
     weight_files(folder)
     try:
         with _quiet():
@@ -203,7 +201,15 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: Path) -> None:
 
 
 def load_for(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
-    """`load`, then move: `device` auto (the GPU where there is one), cpu or cuda; `dtype` auto or torch's name of it.
+    """`load`, then move, as `place` says."""
+    where, chosen = place(configuration(folder), device, dtype)
+    model: Any = load(folder, chosen)  # its `to` is typed for the methods' own self
+    placed: PreTrainedModel = model.to(where)
+    return placed
+
+
+def place(config: Any, device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Where a model computes: `device` auto (the GPU where there is one), cpu or cuda; `dtype` auto or torch's name.
 
     dtype auto is float32, except for models of more than a billion parameters on a GPU, which keep the stored one.
     """
@@ -212,16 +218,22 @@ def load_for(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTrai
     gpu = torch.cuda.is_available() and device != "cpu"
     chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and gpu:
-        config = _config(folder).get_text_config()
-        parameters = config.hidden_size * (12 * config.hidden_size * config.num_hidden_layers + config.vocab_size)
-        if parameters > LARGE and isinstance(config.dtype, torch.dtype):
-            chosen = config.dtype
-    model: Any = load(folder, chosen)  # its `to` is typed for the methods' own self
-    placed: PreTrainedModel = model.to("cuda" if gpu else "cpu")
-    return placed
+        text = config.get_text_config()
+        parameters = text.hidden_size * (12 * text.hidden_size * text.num_hidden_layers + text.vocab_size)
+        if parameters > LARGE and isinstance(text.dtype, torch.dtype):
+            chosen = text.dtype
+    return torch.device("cuda" if gpu else "cpu"), chosen
 
 
-def _config(folder: Path) -> Any:
+def check_method(folder: Path, quantization: Any) -> None:
+    """Refuse a model that another method has quantized."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method != "windquant":
+        raise WindquantError(f"{folder}: quantized by {method}; give the original model")
+
+
+def configuration(folder: Path) -> Any:
+    """transformers' configuration of a local Hugging Face folder."""
     if not (folder / "config.json").is_file():
         raise WindquantError(f"{folder}: no config.json; give a Hugging Face folder")
     try:

@@ -3,22 +3,25 @@
     python -m windquant.quantize --model DIR --calibration DIR --statistics FILE --plan FILE --output DIR
 
 For every decoder layer: one pass of the calibration set for the covariances of its inputs, error feedback for each
-linear (feedback.py), and one pass of the quantized layer for the next layer's inputs.
+linear (feedback.py), and one pass of the quantized layer for the next layer's inputs. Every layer is read
+from the files once.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from windquant import calibration, checkpoint, compute, decoder, models, step
+from windquant import calibration, checkpoint, compute, decoder, step, streaming
 from windquant.errors import WindquantError
 from windquant.feedback import column_order, quantize_linear
 from windquant.packed import Layout
 from windquant.plan import Plan
 from windquant.progress import Progress
-from windquant.statistics import Covariance, Statistics, advance, owners, states
+from windquant.statistics import Covariance, Flow, Statistics, owners
 from windquant.units import Linear, chunk_widths, protected_count
 
 
@@ -31,12 +34,18 @@ def run(task: step.Task, settings: Settings) -> None:
     plan = Plan.load(task.inputs["plan"])
     statistics = Statistics.load(task.inputs["statistics"])
     ids = calibration.load(task.inputs["calibration"]).calibration.long()
-    model = compute.move(models.load(task.inputs["model"]))
+    model = streaming.load(task.inputs["model"])
     layouts = layouts_of(plan, statistics.linears)
-    progress: Progress[None] = task.progress(total=len(layouts), label="quantize")
-    with progress:
-        tensors = quantize_model(model, layouts, plan.units.order, statistics, ids, settings.batch, progress.update)
-    measured = checkpoint.write(task.output, model.cpu(), layouts, tensors, plan, task.inputs["model"])
+
+    def quantized(batch: int) -> dict[str, dict[str, Tensor]]:
+        progress: Progress[None] = task.progress(total=len(layouts), label="quantize")
+        with progress:
+            scratch = task.output.parent
+            return quantize_model(model, layouts, plan.units.order, statistics, ids, batch, progress.update, scratch)
+
+    tensors = compute.with_smaller_batches(settings.batch, quantized)
+    streaming.fill(model, layouts)
+    measured = checkpoint.write(task.output, model, layouts, tensors, plan, task.inputs["model"])
     if measured.measured_bytes != plan.bytes:
         raise RuntimeError(f"the checkpoint takes {measured.measured_bytes} bytes, the plan predicted {plan.bytes}")
     task.note("effective_bits", measured.effective_bits)
@@ -70,9 +79,13 @@ def quantize_model(
     ids: Tensor,
     batch: int,
     update: Callable[[int], object],
+    scratch: Path | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Stored tensors by linear; the model's weights are replaced by what the codes stand for."""
-    prefix, layers = decoder.decoder_layers(model)
+    """Stored tensors by linear; the weights of a model in memory are replaced by what the codes stand for.
+
+    scratch: folder for hidden states that do not fit into memory; the system's own for temporary files otherwise.
+    """
+    prefix, _ = decoder.decoder_layers(model)
     linears = [layout.linear for layout in layouts.values()]
     orders = {
         linear.group: column_order(
@@ -81,11 +94,11 @@ def quantize_model(
         for linear in linears
     }
     result: dict[str, dict[str, Tensor]] = {}
-    hidden, calls = states(model, ids, batch)
-    for index, layer in enumerate(layers):
+    flow = Flow(model, ids, batch, scratch or Path(tempfile.gettempdir()))
+    for index, layer in streaming.walk(model):
         covariance = Covariance(owners(linears, index, prefix))
         with decoder.watch(layer, covariance.see):
-            advance(layer, index, hidden, calls)
+            flow.through(layer, index, keep=False)
         matrices = covariance.means()
         for linear in linears:
             if linear.layer != index:
@@ -100,7 +113,7 @@ def quantize_model(
             )
             weight.copy_(decoded)
             update(1)
-        hidden = advance(layer, index, hidden, calls)
+        flow.through(layer, index)
     return result
 
 

@@ -9,7 +9,9 @@ the gradient of the summed loss. To second order and with independent errors a w
 
     loss increase = 1/2 sum_r fisher_r sum_j energy_j d_rj^2   nats per token.
 
-Both passes go layer by layer: forward with the covariance of one layer in memory, backward for the Fisher weights.
+Both passes go layer by layer, and every layer is read from the files once in each: forward with the covariance of one
+layer in memory, backward for the Fisher weights, with each layer computed anew from its input, which the forward pass
+has left in a file.
 """
 
 import json
@@ -23,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from windquant import calibration, compute, decoder, models, step
+from windquant import calibration, compute, decoder, step, streaming
 from windquant.errors import WindquantError
 from windquant.feedback import factor
+from windquant.flow import Activations, Flow
 from windquant.progress import Progress
 from windquant.units import Linear
 
@@ -65,18 +68,32 @@ class Statistics:
 
 def run(task: step.Task, settings: Settings) -> None:
     ids = calibration.load(task.inputs["calibration"]).calibration.long()
-    model = compute.move(models.load(task.inputs["model"]))
-    linears = decoder.quantizable(model)
-    fisher_ids = ids[: settings.fisher_samples]
-    layers = 1 + max(linear.layer for linear in linears)
-    progress: Progress[None] = task.progress(total=2 * layers, label="statistics")
-    with progress:
-        energy, conditional = forward(model, linears, ids, settings.batch, progress.update)
-        fisher = backward(model, linears, fisher_ids, max(1, settings.batch // 4), progress.update)
-    Statistics(linears, energy, conditional, fisher).save(task.output)
-    task.note("linears", len(linears))
-    task.note("weights", sum(linear.weights for linear in linears))
-    task.note("dead_inputs", sum(int((value == 0).sum()) for value in energy.values()))
+    model = streaming.load(task.inputs["model"])
+    layers = len(decoder.decoder_layers(model)[1])
+
+    def collect(batch: int) -> Statistics:
+        progress: Progress[None] = task.progress(total=2 * layers, label="statistics")
+        with progress:
+            return collected(model, ids, batch, settings.fisher_samples, task.output.parent, progress.update)
+
+    found = compute.with_smaller_batches(settings.batch, collect)
+    found.save(task.output)
+    task.note("linears", len(found.linears))
+    task.note("weights", sum(linear.weights for linear in found.linears))
+    task.note("dead_inputs", sum(int((value == 0).sum()) for value in found.energy.values()))
+
+
+def collected(
+    model: nn.Module, ids: Tensor, batch: int, fisher_samples: int, scratch: Path, update: Callable[[int], object]
+) -> Statistics:
+    """Statistics of token ids [n, length], the Fisher weights of the first `fisher_samples` of them.
+
+    batch: samples at a time, a quarter of it in the backward pass. scratch: folder for hidden states.
+    """
+    kept = Kept.of(min(fisher_samples, len(ids)), batch, scratch)
+    linears, energy, conditional = forward(model, ids, batch, update, scratch, kept)
+    fisher = backward(model, linears, ids, update, kept)
+    return Statistics(linears, energy, conditional, fisher)
 
 
 class Covariance:
@@ -117,78 +134,100 @@ def owners(linears: list[Linear], layer: int, prefix: str) -> dict[str, str]:
     }
 
 
-def states(model: nn.Module, ids: Tensor, batch: int) -> tuple[list[Tensor], list[list[decoder.Call]]]:
-    """First hidden states and layer calls of every batch of ids [n, length]."""
-    device = next(model.parameters()).device
-    with compute.autocast():
-        embedded = [decoder.embed(model, part.to(device)) for part in ids.split(batch)]
-    return [hidden for hidden, _ in embedded], [calls for _, calls in embedded]
+@dataclass(frozen=True)
+class Kept:
+    """What the forward pass leaves for the backward pass: the input of every layer, and the last output."""
 
+    states: Activations  # by layer (and one more for the last output) and place
+    parts: list[tuple[int, int]]  # first sample and end of every place
 
-def advance(layer: nn.Module, index: int, hidden: list[Tensor], calls: list[list[decoder.Call]]) -> list[Tensor]:
-    """Hidden states of every batch after decoder layer `index`."""
-    with compute.autocast():
-        return [decoder.run_layer(layer, part, call[index]) for part, call in zip(hidden, calls, strict=True)]
+    @classmethod
+    def of(cls, samples: int, batch: int, scratch: Path) -> "Kept":
+        """Places for the first `samples`, a quarter of a forward batch each."""
+        part = max(1, batch // 4)
+        starts = [s for first in range(0, samples, batch) for s in range(first, min(first + batch, samples), part)]
+        return cls(Activations(scratch), list(zip(starts, [*starts[1:], samples], strict=True)))
+
+    def save(self, index: int, flow: Flow) -> None:
+        """Take the input of layer `index`."""
+        first = 0
+        for hidden in flow.batches(self.parts[-1][1]):
+            for place, (start, stop) in enumerate(self.parts):
+                if first <= start < first + len(hidden):
+                    self.states.put((index, place), hidden[start - first : stop - first])
+            first += len(hidden)
 
 
 @torch.no_grad()
 def forward(
-    model: nn.Module, linears: list[Linear], ids: Tensor, batch: int, update: Callable[[int], object]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Energies and conditional energies of every group, from token ids [n, length]."""
-    prefix, layers = decoder.decoder_layers(model)
+    model: nn.Module, ids: Tensor, batch: int, update: Callable[[int], object], scratch: Path, kept: Kept | None = None
+) -> tuple[list[Linear], dict[str, Tensor], dict[str, Tensor]]:
+    """The linears, and the energies and conditional energies of every group, from token ids [n, length]."""
+    prefix, _ = decoder.decoder_layers(model)
+    linears: list[Linear] = []
     energy: dict[str, Tensor] = {}
     conditional: dict[str, Tensor] = {}
-    hidden, calls = states(model, ids, batch)
-    for index, layer in enumerate(layers):
-        covariance = Covariance(owners(linears, index, prefix))
+    probe = decoder.Probe(model)
+    flow = Flow(model, ids, batch, scratch)
+    last = 0
+    for index, layer in streaming.walk(model):
+        if kept is not None:
+            kept.save(index, flow)
+        here = probe.linears(prefix, index, layer)
+        covariance = Covariance(owners(here, index, prefix))
         with decoder.watch(layer, covariance.see):
-            hidden = advance(layer, index, hidden, calls)
+            flow.through(layer, index)
         for group, matrix in covariance.means().items():
             energy[group] = matrix.diagonal().clone()
             order = torch.argsort(energy[group], descending=True, stable=True)
             conditional[group] = torch.empty_like(energy[group])
             conditional[group][order] = factor(matrix[order][:, order]).diagonal().square().reciprocal()
-        for linear in linears:
-            if linear.layer == index and linear.group not in energy:
+        for linear in here:
+            if linear.group not in energy:
                 raise WindquantError(
                     f"{linear.name}: no token of the calibration text reaches it, so nothing is known about its "
                     "inputs; raise calibration.samples"
                 )
+        linears += here
+        last = index + 1
         update(1)
-    return energy, conditional
+    if kept is not None:
+        kept.save(last, flow)
+    return linears, energy, conditional
 
 
 def backward(
-    model: nn.Module, linears: list[Linear], ids: Tensor, batch: int, update: Callable[[int], object]
+    model: nn.Module, linears: list[Linear], ids: Tensor, update: Callable[[int], object], kept: Kept
 ) -> dict[str, Tensor]:
-    """Fisher weight E[g_r^2] of every output row, g the gradient of the summed next-token loss."""
+    """Fisher weight E[g_r^2] of every output row, g the gradient of the summed next-token loss of what was kept."""
     prefix, layers = decoder.decoder_layers(model)
+    device = decoder.device_of(model)
     wanted = {linear.name for linear in linears}
     fisher: dict[str, Tensor] = {}
-    with torch.no_grad():
-        hidden, calls = states(model, ids, batch)
-        inputs = [hidden]
-        for index, layer in enumerate(layers):
-            inputs.append(advance(layer, index, inputs[-1], calls))
-    gradients = [_loss_gradient(model, part, last) for part, last in zip(ids.split(batch), inputs[-1], strict=True)]
-    for index in reversed(range(len(layers))):
-        inputs.pop()
+    gradients = Activations()
+    calls: list[list[decoder.Call]] = []
+    for place, (start, stop) in enumerate(kept.parts):
+        part = ids[start:stop].to(device)
+        with torch.no_grad(), compute.autocast():
+            calls.append(decoder.embed(model, part)[1])
+        gradients.put(place, _loss_gradient(model, part, kept.states.get((len(layers), place), device)))
+    tokens = kept.parts[-1][1] * ids.shape[1]
+    for index, layer in streaming.walk(model, reversed(range(len(layers)))):
         for place, call in enumerate(calls):
-            start = inputs[-1][place].detach().requires_grad_(True)
+            given = kept.states.get((index, place), device).detach().requires_grad_(True)
             outputs: dict[str, Tensor] = {}
 
             def see(name: str, _: Tensor, out: Tensor, outputs: dict[str, Tensor] = outputs) -> None:
                 outputs[name] = out
 
-            with compute.autocast(), decoder.watch(layers[index], see):
-                end = decoder.run_layer(layers[index], start, call[index])
-            found = torch.autograd.grad(end, [start, *outputs.values()], gradients[place])
-            gradients[place] = found[0]
+            with compute.autocast(), decoder.watch(layer, see):
+                end = decoder.run_layer(layer, given, call[index])
+            found = torch.autograd.grad(end, [given, *outputs.values()], gradients.get(place, device))
+            gradients.put(place, found[0])
             for name, gradient in zip(outputs, found[1:], strict=True):
                 full = f"{prefix}.{index}.{name}"
                 if full in wanted:
-                    squares = gradient.float().flatten(0, -2).square().sum(0).cpu() / ids.numel()
+                    squares = gradient.float().flatten(0, -2).square().sum(0).cpu() / tokens
                     fisher[full] = fisher.get(full, 0) + squares
         update(1)
     return fisher
@@ -197,7 +236,6 @@ def backward(
 def _loss_gradient(model: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
     """Gradient of the summed next-token loss with respect to the last hidden state."""
     start = hidden.detach().requires_grad_(True)
-    ids = ids.to(start.device)
     with compute.autocast():
         logits = decoder.head(model, ids, start)
     loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")

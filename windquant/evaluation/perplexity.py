@@ -8,17 +8,20 @@ each is given, as in the GPTQ papers.
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import windquant.checkpoint.linear  # noqa: F401  # loads packed checkpoints, so it belongs to the step's code
-from windquant import calibration, models, step
+from windquant import calibration, compute, decoder, step, streaming
 from windquant.errors import WindquantError
+from windquant.flow import Flow
 from windquant.progress import Progress
 
 POSITIONS = 256  # logits that are widened to float32 at a time
@@ -49,10 +52,14 @@ class Score:
 def run(task: step.Task, settings: Settings) -> None:
     texts = calibration.load(task.inputs["calibration"])
     ids = spread(texts.test, settings.windows)
-    model = models.load_for(task.inputs["checkpoint"], settings.device, settings.dtype)
-    progress: Progress[int]
-    with task.progress(total=len(ids), label="perplexity") as progress:
-        score = perplexity(model, ids, settings.batch, progress.update)
+    model = streaming.load(task.inputs["checkpoint"], settings.device, settings.dtype)
+
+    def scored(batch: int) -> Score:
+        progress: Progress[int]
+        with task.progress(total=len(decoder.decoder_layers(model)[1]), label="perplexity") as progress:
+            return perplexity(model, ids, batch, progress.update, task.output.parent)
+
+    score = compute.with_smaller_batches(settings.batch, scored)
     if not math.isfinite(score.nll):
         raise WindquantError(f"{task.inputs['checkpoint']}: the model's loss on {texts.test_name} is not finite")
     task.metrics({f"perplexity.{texts.test_name}": score.perplexity, f"nll.{texts.test_name}": score.nll})
@@ -74,9 +81,18 @@ def spread(ids: Tensor, count: int) -> Tensor:
     return ids[torch.arange(count) * len(ids) // count]
 
 
-def perplexity(model: nn.Module, ids: Tensor, batch: int = 1, update: Callable[[int], object] | None = None) -> Score:
-    """Score of token ids [n, length]; `update(k)` is called after every k windows."""
-    windows = token_losses(model, ids, batch, update).mean(dim=1)
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    batch: int = 1,
+    update: Callable[[int], object] | None = None,
+    scratch: Path | None = None,
+) -> Score:
+    """Score of token ids [n, length]; `update(1)` is called after every decoder layer.
+
+    scratch: folder for hidden states that do not fit into memory; the system's own for temporary files otherwise.
+    """
+    windows = token_losses(model, ids, batch, update, scratch).mean(dim=1)
     nll = windows.mean().item()
     error = windows.std().item() / math.sqrt(len(windows)) if len(windows) > 1 else 0.0
     value = math.exp(nll) if nll < 700 else math.inf
@@ -85,22 +101,31 @@ def perplexity(model: nn.Module, ids: Tensor, batch: int = 1, update: Callable[[
 
 @torch.no_grad()
 def token_losses(
-    model: nn.Module, ids: Tensor, batch: int = 1, update: Callable[[int], object] | None = None
+    model: nn.Module,
+    ids: Tensor,
+    batch: int = 1,
+    update: Callable[[int], object] | None = None,
+    scratch: Path | None = None,
 ) -> Tensor:
-    """Negative log-likelihood [n, length - 1] in nats, float64 on the CPU, of every token but the first of each row."""
-    device = next(model.parameters()).device
+    """Negative log-likelihood [n, length - 1] in nats, float64 on the CPU, of every token but the first of each row.
+
+    Layer by layer, all windows through one before the next is read.
+    """
+    flow = Flow(model, ids.long(), batch, scratch or Path(tempfile.gettempdir()), nullcontext)
+    for index, layer in streaming.walk(model):
+        flow.through(layer, index)
+        if update is not None:
+            update(1)
     rows = []
-    for part in ids.split(batch):
-        tokens = part.to(device=device, dtype=torch.long)
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    for part, hidden in zip(ids.split(batch), flow.batches(len(ids)), strict=True):
+        tokens = part.to(device=hidden.device, dtype=torch.long)
+        logits = decoder.head(model, tokens, hidden)[:, :-1]
         targets = tokens[:, 1:]
         losses = [
             F.cross_entropy(some.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
             for some, target in zip(logits.split(POSITIONS, 1), targets.split(POSITIONS, 1), strict=True)
         ]
         rows.append(torch.cat(losses, dim=1).double().cpu())
-        if update is not None:
-            update(len(part))
     return torch.cat(rows)
 
 

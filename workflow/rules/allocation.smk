@@ -20,6 +20,11 @@ rule allocation:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("allocation", "mem_mb"),
+        runtime=ask("allocation", "runtime"),
+        disk_mb=ask("allocation", "disk_mb"),
+        gpu=ask("allocation", "gpu"),
     params:
         code=code("allocation"),
         lock=LOCK,

@@ -17,6 +17,10 @@ rule bank:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("bank", "mem_mb"),
+        runtime=ask("bank", "runtime"),
+        disk_mb=ask("bank", "disk_mb"),
     params:
         code=code("bank"),
         lock=LOCK,

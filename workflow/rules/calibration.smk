@@ -17,6 +17,10 @@ rule calibration:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("calibration", "mem_mb"),
+        runtime=ask("calibration", "runtime"),
+        disk_mb=ask("calibration", "disk_mb"),
     params:
         code=code("calibration"),
         lock=LOCK,

@@ -23,7 +23,7 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
-from windquant import configuration, dependencies
+from windquant import configuration, dependencies, estimate
 from windquant.errors import WindquantError
 
 
@@ -96,11 +96,33 @@ def text_files(wildcards):
     return configuration.local_files("calibration", entry, {"source": "path", "test_source": "test_path"})
 
 
+#: GPUs that jobs may use: those of `--resources gpu=` (a cluster's profile), or this machine's. A job that computes
+#: with one takes one, so that each has one job at a time; compute.py says which.
+if "gpu" not in workflow.global_resources and workflow.local_exec:
+    workflow.global_resources["gpu"] = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 0
+
+
+def ask(step, resource):
+    """What a step's job asks for of a resource, from the model's configuration; `gpu` of those that compute with one."""
+    if resource == "gpu":
+        return 1 if GPUS else 0
+
+    def asked(wildcards, attempt):
+        bits = float(getattr(wildcards, "bits", 16))
+        found = estimate.resources(resolved(wildcards.model), step, bits, ALL_CORES, bool(GPUS), attempt)
+        return found[resource]
+
+    return asked
+
+
 @one_line
 def bank_of_plan(wildcards):
-    """The bank that a plan is made from; bits and allocator are checked on the way."""
-    configuration.check_bits(wildcards.bits)
-    configuration.check_allocator(wildcards.allocator)
+    """The bank that a plan is made from; bits, allocator and, on this machine, memory and disk are checked on the way."""
+    bits = configuration.check_bits(wildcards.bits)
+    allocator = configuration.check_allocator(wildcards.allocator)
+    if workflow.is_main_process and workflow.local_exec and not workflow.dryrun:
+        estimate.check_room(resolved(wildcards.model), bits, allocator, ALL_CORES, bool(GPUS))
     return f"data/bank/{wildcards.model}.safetensors"
 
 

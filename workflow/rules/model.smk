@@ -15,6 +15,10 @@ rule model:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("model", "mem_mb"),
+        runtime=ask("model", "runtime"),
+        disk_mb=ask("model", "disk_mb"),
     params:
         code=code("models"),
         lock=LOCK,

@@ -18,6 +18,11 @@ rule perplexity_original:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("perplexity_original", "mem_mb"),
+        runtime=ask("perplexity_original", "runtime"),
+        disk_mb=ask("perplexity_original", "disk_mb"),
+        gpu=ask("perplexity_original", "gpu"),
     params:
         code=code("evaluation.perplexity"),
         lock=LOCK,
@@ -46,6 +51,11 @@ use rule perplexity_original as perplexity with:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.log",
     benchmark:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
+    resources:
+        mem_mb=ask("perplexity", "mem_mb"),
+        runtime=ask("perplexity", "runtime"),
+        disk_mb=ask("perplexity", "disk_mb"),
+        gpu=ask("perplexity", "gpu"),
     params:
         code=code("evaluation.perplexity", "checkpoint.huggingface"),
         lock=LOCK,

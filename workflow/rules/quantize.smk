@@ -20,6 +20,11 @@ rule quantize:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("quantize", "mem_mb"),
+        runtime=ask("quantize", "runtime"),
+        disk_mb=ask("quantize", "disk_mb"),
+        gpu=ask("quantize", "gpu"),
     params:
         code=code("quantize"),
         lock=LOCK,

@@ -20,6 +20,11 @@ rule recovery:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("recovery", "mem_mb"),
+        runtime=ask("recovery", "runtime"),
+        disk_mb=ask("recovery", "disk_mb"),
+        gpu=ask("recovery", "gpu"),
     params:
         code=code("recovery", "checkpoint.huggingface"),
         lock=LOCK,

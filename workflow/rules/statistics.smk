@@ -18,6 +18,11 @@ rule statistics:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("statistics", "mem_mb"),
+        runtime=ask("statistics", "runtime"),
+        disk_mb=ask("statistics", "disk_mb"),
+        gpu=ask("statistics", "gpu"),
     params:
         code=code("statistics"),
         lock=LOCK,

@@ -18,6 +18,11 @@ rule zero_shot_original:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    resources:
+        mem_mb=ask("zero_shot_original", "mem_mb"),
+        runtime=ask("zero_shot_original", "runtime"),
+        disk_mb=ask("zero_shot_original", "disk_mb"),
+        gpu=ask("zero_shot_original", "gpu"),
     params:
         code=code("evaluation.zero_shot"),
         lock=LOCK,
@@ -46,6 +51,11 @@ use rule zero_shot_original as zero_shot with:
         "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.log",
     benchmark:
         "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
+    resources:
+        mem_mb=ask("zero_shot", "mem_mb"),
+        runtime=ask("zero_shot", "runtime"),
+        disk_mb=ask("zero_shot", "disk_mb"),
+        gpu=ask("zero_shot", "gpu"),
     params:
         code=code("evaluation.zero_shot", "checkpoint.huggingface"),
         lock=LOCK,

@@ -1,0 +1,92 @@
+"""Hidden states between decoder layers: in the host's memory, or in a file where that is too small.
+
+The file has no name and goes with the process, however that ends. It is written and read plainly, not mapped: of a map,
+every page that was touched counts as the process's memory.
+"""
+
+import tempfile
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from windquant import compute, decoder
+
+Precision = Callable[[], AbstractContextManager[object]]
+
+#: Share of the free memory that hidden states may take before they go to a file.
+SHARE = 0.25
+
+
+class Activations:
+    """Tensors by key. Those of one key always have the same shape and dtype."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """In a file in `folder`, or in memory if there is none."""
+        self._memory: dict[Hashable, Tensor] = {}
+        self._places: dict[Hashable, tuple[int, torch.Size, torch.dtype]] = {}
+        self._end = 0
+        self._file: BinaryIO | None = None
+        if folder is not None:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # of the object, not of a block
+
+    def put(self, key: Hashable, value: Tensor) -> None:
+        value = value.detach().cpu()
+        if self._file is None:
+            self._memory[key] = value
+            return
+        if key not in self._places:
+            self._places[key] = (self._end, value.shape, value.dtype)
+            self._end += value.nbytes
+        self._file.seek(self._places[key][0])
+        self._file.write(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+
+    def get(self, key: Hashable, device: torch.device) -> Tensor:
+        if self._file is None:
+            return self._memory[key].to(device)
+        start, shape, dtype = self._places[key]
+        data = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
+        self._file.seek(start)
+        self._file.readinto(memoryview(data.numpy()))
+        return data.view(dtype).view(shape).to(device)
+
+
+class Flow:
+    """The hidden states of every batch of token ids on their way through the decoder layers."""
+
+    def __init__(
+        self, model: nn.Module, ids: Tensor, batch: int, scratch: Path, precision: Precision = compute.autocast
+    ) -> None:
+        """Embed token ids [n, length].
+
+        scratch: folder for hidden states that do not fit into memory; precision: of the products.
+        """
+        self.device = decoder.device_of(model)
+        self.batch, self.precision = batch, precision
+        self.calls: list[list[decoder.Call]] = []
+        for place, part in enumerate(ids.split(batch)):
+            with torch.no_grad(), self.precision():
+                hidden, calls = decoder.embed(model, part.to(self.device))
+            if place == 0:
+                size = len(ids) * hidden[0].nbytes
+                self.states = Activations(scratch if size > SHARE * psutil.virtual_memory().available else None)
+            self.states.put(place, hidden)
+            self.calls.append(calls)
+
+    @torch.no_grad()
+    def through(self, layer: nn.Module, index: int, keep: bool = True) -> None:
+        """Run decoder layer `index` on every batch; without `keep` the hidden states stay what they are."""
+        for place, calls in enumerate(self.calls):
+            with self.precision():
+                hidden = decoder.run_layer(layer, self.states.get(place, self.device), calls[index])
+            if keep:
+                self.states.put(place, hidden)
+
+    def batches(self, samples: int) -> Iterator[Tensor]:
+        """The hidden state [batch, length, hidden] of every batch that holds some of the first samples."""
+        for place in range(-(-samples // self.batch)):
+            yield self.states.get(place, self.device)

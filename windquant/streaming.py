@@ -1,0 +1,197 @@
+"""A model whose decoder layers come from its files when they are needed, one at a time.
+
+    model = streaming.load(folder)
+    for index, layer in streaming.walk(model): ...
+
+`load` builds the whole model, but gives memory only to what lies outside the decoder layers (embeddings, norm, head).
+`walk` lends the layers one after another: while one computes, a thread reads the next one's bytes (into pinned memory
+where there is a GPU). So a pass over a model takes the memory of one layer in the computing precision and one as it is
+stored, whatever the model's depth. A packed checkpoint is decoded layer by layer.
+
+`walk` also takes a model that is in memory as a whole: then it only lends.
+"""
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from windquant import models
+from windquant.checkpoint import files as packed_files
+from windquant.checkpoint.header import Entry, entries
+from windquant.decoder import decoder_layers, device_of
+from windquant.errors import WindquantError
+from windquant.packed import Layout, dequantize
+
+SOURCE = "windquant_source"  # attribute of a streamed model
+
+
+@dataclass
+class Source:
+    """The tensors of a Hugging Face folder by name, original or packed."""
+
+    folder: Path
+    entries: dict[str, Entry]
+    layouts: dict[str, Layout]  # of the packed linears; none for an original model
+    dtype: torch.dtype  # of the floating-point tensors once they are used
+
+    def names(self, name: str) -> list[str]:
+        """The stored tensors that make up a parameter or buffer of the model."""
+        linear, _, key = name.rpartition(".")
+        if linear in self.layouts and key == "weight":
+            return [f"{linear}.{part}" for part in self.layouts[linear].shapes()]
+        return [name]
+
+    def holds(self, name: str, shape: torch.Size) -> bool:
+        """Whether the files have what a parameter or buffer of this shape is made of."""
+        stored = [self.entries.get(part) for part in self.names(name)]
+        if any(entry is None or entry.dtype is None for entry in stored):
+            return False
+        if stored[0] is not None and self.names(name) == [name]:
+            return stored[0].shape == tuple(shape)
+        linear = self.layouts[name.rpartition(".")[0]].linear
+        return (linear.rows, linear.columns) == tuple(shape)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters and buffers as they are stored, by the name of each stored tensor."""
+        return {part: self._bytes(part) for name in names for part in self.names(name)}
+
+    def parameter(self, name: str) -> Tensor:
+        """One parameter on the CPU; WindquantError if the files do not have it."""
+        for part in self.names(name):
+            if part not in self.entries:
+                raise WindquantError(f"{self.folder}: the checkpoint lacks {part}; get it again")
+        return self.weight(name, self.read([name]), torch.device("cpu"))
+
+    def _bytes(self, name: str) -> Tensor:
+        # Plain reads, not a memory map: of a map every page that was touched counts as the process's memory.
+        entry = self.entries[name]
+        if entry.dtype is None:
+            raise WindquantError(f"{entry.file}: {name} has a type that windquant does not read; convert it to BF16")
+        data = torch.empty(entry.size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        try:
+            with entry.file.open("rb") as file:
+                file.seek(entry.start)
+                got = file.readinto(memoryview(data.numpy()))
+        except FileNotFoundError as error:
+            raise WindquantError(f"{entry.file}: went away while the model was read; get it again") from error
+        if got != entry.size:
+            raise WindquantError(f"{entry.file}: truncated while the model was read; get it again")
+        return data.view(entry.dtype).view(entry.shape)
+
+    def weight(self, name: str, stored: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        """A parameter or buffer on the device, made of its stored tensors; WindquantError for NaN and Inf."""
+        linear, _, key = name.rpartition(".")
+        if linear not in self.layouts or key != "weight":
+            value = stored[name].to(device, non_blocking=True)
+            models.check_finite([(name, value)], self.entries[name].file)
+            return value.to(self.dtype) if value.is_floating_point() else value
+        layout = self.layouts[linear]
+        parts = {part: stored[f"{linear}.{part}"].to(device, non_blocking=True) for part in layout.shapes()}
+        owner = layout.linear.group
+        order = packed_files.unpacked_order(self.layouts[owner], stored[f"{owner}.order"])
+        return dequantize(layout, parts, order.to(device)).to(self.dtype)
+
+
+def load(folder: Path, device_name: str = "auto", dtype_name: str = "float32") -> PreTrainedModel:
+    """The model of a local Hugging Face folder for `walk`, in eval mode, without gradients.
+
+    Device and dtype are chosen as `models.place` says. The files are checked against the configuration before anything
+    is read. A model whose files have other names than its parameters is loaded as a whole (`models.load`). Raises
+    WindquantError as `models.load` does.
+    """
+    config = models.configuration(folder)
+    device, dtype = models.place(config, device_name, dtype_name)
+    source = open_source(folder, dtype)
+    if source.layouts:
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.eval().requires_grad_(False)
+    prefix, _ = decoder_layers(model)
+    state = model.state_dict()
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    needed = {name: tensor.shape for name, tensor in state.items() if name not in tied}
+    if not all(source.holds(name, shape) for name, shape in needed.items()):
+        return models.load(folder, dtype).to(device)  # which names what is missing, or knows the older names
+    outside = [name for name in needed if not name.startswith(f"{prefix}.")]
+    for name in outside:  # one at a time: the embeddings are the largest of all
+        _put(model, name, source.weight(name, source.read([name]), device))
+    model.tie_weights()
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(device)
+    setattr(model, SOURCE, source)
+    return model
+
+
+def open_source(folder: Path, dtype: torch.dtype = torch.float32) -> Source:
+    """The tensors of a folder, original or packed; only headers are read. WindquantError names a bad file."""
+    config = models.configuration(folder)
+    layouts: dict[str, Layout] = {}
+    quantization = getattr(config, "quantization_config", None)
+    found = models.weight_files(folder)
+    if quantization is not None:
+        models.check_method(folder, quantization)
+        _, layouts = packed_files.read_config(folder)
+        packed_files.check(layouts, found)
+    return Source(folder, {name: entry for file in found for name, entry in entries(file).items()}, layouts, dtype)
+
+
+def fill(model: nn.Module, without: Container[str]) -> None:
+    """Put all of a model on the CPU, read from its files where it is streamed, but the weights of linears `without`."""
+    source: Source | None = getattr(model, SOURCE, None)
+    for name, tensor in model.state_dict().items():
+        if name.removesuffix(".weight") not in without:
+            _put(model, name, source.parameter(name) if source is not None and tensor.is_meta else tensor.cpu())
+
+
+def walk(model: nn.Module, order: Iterable[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
+    """Lend the decoder layers in `order` (all of them, first to last): index and layer, its weights on the device.
+
+    A streamed layer loses its weights when the next one is asked for.
+    """
+    prefix, layers = decoder_layers(model)
+    wanted = list(range(len(layers)) if order is None else order)
+    source: Source | None = getattr(model, SOURCE, None)
+    if source is None:
+        yield from ((index, layers[index]) for index in wanted)
+        return
+    names = {index: [f"{prefix}.{index}.{name}" for name in layers[index].state_dict()] for index in wanted}
+    device = device_of(model)
+    with ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(source.read, names[index]) for index in wanted[:1]]
+        for place, index in enumerate(wanted):
+            stored = coming.pop().result()
+            coming += [reader.submit(source.read, names[following]) for following in wanted[place + 1 : place + 2]]
+            empty = {name: _find(model, name) for name in names[index]}
+            for name in names[index]:
+                _put(model, name, source.weight(name, stored, device))
+            del stored
+            try:
+                yield index, layers[index]
+            finally:
+                for name, tensor in empty.items():
+                    _put(model, name, tensor)
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    found: Tensor = getattr(module, key)
+    return found
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    if key in module._parameters:
+        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[key] = value
