@@ -2,6 +2,10 @@
 
 import io
 import itertools
+import os
+import pty
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +85,28 @@ def test_reports_are_rare_and_end_with_the_end(monkeypatch: pytest.MonkeyPatch) 
     assert seen[0] == (1, 20)
     assert seen[-1] == (20, 20)
     assert 3 <= len(seen) <= 10
+
+
+def test_a_step_behind_a_pipe_shows_its_bar_on_snakemakes_terminal(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = "from windquant.progress import Progress\nimport time\n"
+    code += "for _ in Progress(range(4), label='bank'): time.sleep(0.3)"
+    process, terminal = pty.fork()
+    if process == 0:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        os.execve(sys.executable, [sys.executable, "-c", code], {**os.environ, "WINDQUANT_TERMINAL": "yes"})
+    shown = b""
+    while part := read(terminal):
+        shown += part
+    assert os.waitpid(process, 0)[1] == 0
+    assert b"bank:" in shown
+    assert b"/4 [" in shown
+    assert log.read_text() == "bank: 4/4 (100 %), 0:01 elapsed\n"
+
+
+def read(terminal: int) -> bytes:
+    """What is on a terminal; nothing once its process has ended."""
+    try:
+        return os.read(terminal, 1000)
+    except OSError:
+        return b""

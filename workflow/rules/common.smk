@@ -23,9 +23,12 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
-from windquant import configuration, dependencies
+from windquant import configuration, dependencies, progress
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
+
+if sys.stderr.isatty():  # the steps' bars go there, past the pipes into their logs
+    os.environ[progress.TERMINAL] = "yes"
 
 
 def one_line(function):
