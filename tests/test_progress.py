@@ -5,6 +5,7 @@ import itertools
 import os
 import pty
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -95,12 +96,13 @@ def test_a_step_behind_a_pipe_shows_its_bar_on_snakemakes_terminal(tmp_path: Pat
     if process == 0:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
         os.execve(sys.executable, [sys.executable, "-c", code], {**os.environ, "WINDQUANT_TERMINAL": "yes"})
+    termios.tcsetwinsize(terminal, (24, 100))
     shown = b""
     while part := read(terminal):
         shown += part
     assert os.waitpid(process, 0)[1] == 0
     assert b"bank:" in shown
-    assert b"/4 [" in shown
+    assert b"| 3/4 [" in shown
     assert log.read_text() == "bank: 4/4 (100 %), 0:01 elapsed\n"
 
 
