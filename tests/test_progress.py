@@ -103,7 +103,7 @@ def test_a_step_behind_a_pipe_shows_its_bar_on_snakemakes_terminal(tmp_path: Pat
     assert os.waitpid(process, 0)[1] == 0
     assert b"bank:" in shown
     assert b"| 3/4 [" in shown
-    assert log.read_text() == "bank: 4/4 (100 %), 0:01 elapsed\n"
+    assert log.read_text().startswith("bank: 4/4 (100 %), 0:0")
 
 
 def read(terminal: int) -> bytes:
