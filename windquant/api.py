@@ -70,7 +70,8 @@ def entry(head: str, text: str | None) -> str:
 
 def fenced(text: str) -> str:
     """A docstring's paragraphs; those that are indented are code or formulas."""
-    lines, code = [], False
+    lines: list[str] = []
+    code = False
     for line in text.splitlines():
         indented = line.startswith("    ")
         if line.strip() and indented != code and (indented or code):

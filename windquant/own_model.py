@@ -26,6 +26,7 @@ from windquant.manifest import Manifest
 ROOT = Path(__file__).resolve().parents[1]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 RESULT = "result.json"  # in the output
+PATHS = ("path", "test_path", "data_dir")  # keys of the configuration
 SMALL = 1024  # input channels below which a chunk of 256 columns would be a large part of a weight
 #: What the default model is measured with: texts and tasks that need no Hub.
 WITHOUT_HUB: dict[str, dict[str, Any]] = {
@@ -80,7 +81,7 @@ def quantize(
         apply(entry, change)
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
     shared = configuration.load(ROOT / "config" / "config.yaml")
-    document = configuration.validate(shared | {"models": {name: entry}}, schema)
+    document = configuration.validate(anchored(shared) | {"models": {name: anchored(entry)}}, schema)
     work = work or out.with_name(f"{out.name}.work")
     target = Path("results") / f"{name}_{number}bits{'' if allocator == 'ppo' else f'.{allocator}'}.json"
     checkpoint = work / "data" / "checkpoints" / f"{name}_{number}bits.{allocator}" / "quantized"
@@ -130,6 +131,19 @@ def describe(model: str, text: str | None) -> tuple[str, dict[str, Any]]:
     if entry["source"] == "folder" and 0 < narrowest(path) < SMALL:
         entry["units"] = {"chunk": 64, "protected": 0.0}
     return re.sub(r"[/_\s]+", "-", name.lower()), entry
+
+
+def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the paths in them absolute: in the project's configuration they start at its folder."""
+    return {
+        key: anchored(value)
+        if isinstance(value, Mapping)
+        else str(ROOT / Path(value).expanduser())
+        if key in PATHS and value
+        else value
+        for key, value in settings.items()
+        if key != "models"
+    }
 
 
 def narrowest(folder: Path) -> int:

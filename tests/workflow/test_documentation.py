@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.conftest import BITS, MODEL, Snakemake
+from tests.workflow.conftest import BITS, LOCAL, MODEL, Snakemake
 from windquant import api
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")) if path.name != "api.md")
 #: Of whoever has measured: their commands take minutes or hours, so they are only looked up.
 MEASURED = ("results.md", "performance.md", "decisions.md", "format.md")
@@ -133,7 +133,7 @@ def test_snakemake_has_a_chain_for_every_target(finished: Path, snakemake: Snake
 def test_commands_of_the_package_run(finished: Path, tiny_model_folder: Path) -> None:
     folder = finished
     shutil.copytree(tiny_model_folder, folder / "my-model", dirs_exist_ok=True)
-    shutil.copy(folder / "local" / "text.txt", folder / "my-texts.txt")
+    shutil.copy(folder / LOCAL / "text.txt", folder / "my-texts.txt")
     seen = set()
     for command in chosen("python"):
         words = command.words
