@@ -1,5 +1,6 @@
 # make run    build the environment, run the main job, print its table    make test   run all tests
-# make lint   check the style of everything                               make ui     open the MLflow pages
+# make report all results in one page: results/report.html                make ui     open the MLflow pages
+# make lint   check the style of everything                               make docs   generate what is generated
 # make push   version data/ and the results, send them to the DVC remote  make pull   get them back
 # make verify make the result again elsewhere and compare it with data/   make clean  remove what `make run` made
 # make lock   resolve the dependencies anew
@@ -13,7 +14,7 @@ MLFLOW_DB := sqlite:///mlflow.db
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run test lint ui push pull verify lock clean env env-dev
+.PHONY: run report docs test lint ui push pull verify lock clean env env-dev
 
 # Rules and tests call `python`: it is the environment's.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -22,6 +23,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: env
 	snakemake --cores $(CORES) $(TARGET)
 	python -m windquant.summary $(TARGET)
+
+report: env
+	snakemake --cores $(CORES) results/report.html
+
+# The configuration's schema and help, and the Python API; tests check that they are current.
+docs: env
+	python -m windquant.schema
+	python -m windquant.api
 
 # Stamps: a second call costs nothing. Torch comes first and alone: another spelling may fetch gigabytes of CUDA.
 env: .venv/env.stamp

@@ -34,6 +34,7 @@ include: "workflow/rules/perplexity.smk"
 include: "workflow/rules/zero_shot.smk"
 include: "workflow/rules/result.smk"
 include: "workflow/rules/comparison.smk"
+include: "workflow/rules/report.smk"
 
 
 wildcard_constraints:
@@ -51,4 +52,4 @@ localrules:
 rule default:
     default_target: True
     input:
-        "results/smollm2-135m_2.0bits.json",
+        DEFAULT,

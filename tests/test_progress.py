@@ -2,6 +2,11 @@
 
 import io
 import itertools
+import os
+import pty
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +86,29 @@ def test_reports_are_rare_and_end_with_the_end(monkeypatch: pytest.MonkeyPatch) 
     assert seen[0] == (1, 20)
     assert seen[-1] == (20, 20)
     assert 3 <= len(seen) <= 10
+
+
+def test_a_step_behind_a_pipe_shows_its_bar_on_snakemakes_terminal(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = "from windquant.progress import Progress\nimport time\n"
+    code += "for _ in Progress(range(4), label='bank'): time.sleep(0.3)"
+    process, terminal = pty.fork()
+    if process == 0:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        os.execve(sys.executable, [sys.executable, "-c", code], {**os.environ, "WINDQUANT_TERMINAL": "yes"})
+    termios.tcsetwinsize(terminal, (24, 100))
+    shown = b""
+    while part := read(terminal):
+        shown += part
+    assert os.waitpid(process, 0)[1] == 0
+    assert b"bank:" in shown
+    assert b"| 3/4 [" in shown
+    assert log.read_text().startswith("bank: 4/4 (100 %), 0:0")
+
+
+def read(terminal: int) -> bytes:
+    """What is on a terminal; nothing once its process has ended."""
+    try:
+        return os.read(terminal, 1000)
+    except OSError:
+        return b""

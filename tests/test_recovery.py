@@ -146,6 +146,9 @@ def test_a_killed_training_goes_on_where_it_was(
     assert seen == list(range(12))
     for path in undisturbed.iterdir():
         assert (resumed / path.name).read_bytes() == path.read_bytes(), path.name
+    curves = [Manifest.load(folder).notes["curve"] for folder in (resumed, undisturbed)]
+    assert len(curves[0]) == 12
+    assert curves[0] == curves[1], "the curve of an interrupted training is whole"
 
 
 def test_a_training_checkpoint_of_other_settings_is_not_used(
@@ -170,7 +173,7 @@ def test_a_training_checkpoint_of_other_settings_is_not_used(
 def test_a_damaged_training_checkpoint_starts_over(tmp_path: Path) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"\xff" * 100)
     value = torch.nn.Parameter(torch.ones(2))
-    assert recovery._resume(tmp_path, {"norm:a": value}, torch.optim.Adam([value])) == 0
+    assert recovery._resume(tmp_path, {"norm:a": value}, torch.optim.Adam([value])) == []
     assert value.tolist() == [1, 1]
 
 

@@ -10,6 +10,8 @@ import sys
 from windquant.errors import WindquantError
 
 COMMANDS = {  # name: module, what it does
+    "quantize": ("windquant.own_model", "quantize a model of your own: a checkpoint with its card, in one line"),
+    "doctor": ("windquant.doctor", "what this machine can do, and which ready models fit"),
     "inspect": ("windquant.checkpoint.inspection", "size, effective bits and plan of a packed checkpoint"),
     "check": ("windquant.integrity", "compare every artifact of the workflow with its digest"),
     "sync": ("windquant.sender", "send the runs that the MLflow store has not got yet"),

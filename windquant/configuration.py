@@ -101,7 +101,7 @@ def resolve(config: Config, schema: Config, model: str) -> dict[str, Any]:
     entries = config.get("models") or {}
     if model not in entries:
         raise WindquantError(
-            f"unknown model {model}{_did_you_mean(model, entries)}; config/config.yaml has {', '.join(entries)}"
+            f"unknown model {model}{did_you_mean(model, entries)}; config/config.yaml has {', '.join(entries)}"
         )
     entry = entries[model]
     sections = _sections(schema)
@@ -144,7 +144,7 @@ def check_bits(text: str) -> float:
 def check_allocator(name: str) -> str:
     """Raise WindquantError for a name that is no allocator."""
     if name not in ALLOCATORS:
-        hint = _did_you_mean(name, ALLOCATORS)
+        hint = did_you_mean(name, ALLOCATORS)
         raise WindquantError(f"unknown allocator {name}{hint}; there are {', '.join(ALLOCATORS)}")
     return name
 
@@ -210,7 +210,7 @@ def _suggestion(key: str, where: str, known: Iterable[str], schema: Config) -> s
     return f"; known are {', '.join(known)}"
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     return f", did you mean {near[0]}?" if near else ""
 

@@ -11,6 +11,7 @@ is about, remains. A search that takes the best of many plans is misled by what 
 confirmed on other text, and as a really quantized model.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +92,16 @@ class LossMeter:
         gap = sum(losses) / 2 - self.original
         return gap if np.isfinite(gap) else float("inf")
 
-    def confirm(self, plans: list[Plan]) -> list[float]:
-        """Loss gaps of plans on the text that `loss_gap` never sees, after really quantizing the model."""
+    def confirm(self, plans: list[Plan], update: Callable[[int], object]) -> list[float]:
+        """Loss gaps of plans on the text that `loss_gap` never sees, after really quantizing the model.
+
+        `update(1)` is called after every linear of every plan.
+        """
         gaps = []
         for plan in plans:
             model = compute.move(models.load(self.folder))
             layouts = layouts_of(plan, self.statistics.linears)
-            quantize_model(model, layouts, plan.units.order, self.statistics, self.samples, CONFIRM_SAMPLES, _ignore)
+            quantize_model(model, layouts, plan.units.order, self.statistics, self.samples, CONFIRM_SAMPLES, update)
             with compute.autocast():
                 gaps.append(self._loss(model, self.other) - self.other_original)
         return gaps
@@ -111,7 +115,3 @@ class LossMeter:
             for some, targets in zip(logits, part[:, 1:], strict=True):
                 total += F.cross_entropy(some.float(), targets, reduction="sum").item()
         return total / ids[:, 1:].numel()
-
-
-def _ignore(_: int) -> None:
-    """No progress to show."""

@@ -1,14 +1,22 @@
-"""Progress with the remaining time: a bar on a terminal, one line a minute elsewhere (a Snakemake log)."""
+"""Progress with the remaining time: a bar on a terminal, one line a minute elsewhere (a Snakemake log).
 
+The output of Snakemake's steps goes through a pipe into their logs. Where Snakemake itself runs on a terminal it says
+so in TERMINAL, and the bar goes there past the pipe.
+"""
+
+import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, TextIO, TypeVar
 
 T = TypeVar("T")
 REPORT_SECONDS = 5.0
+TERMINAL = "WINDQUANT_TERMINAL"  # environment: set where the steps' Snakemake runs on a terminal
 
 
 class Progress(Generic[T]):
@@ -35,10 +43,14 @@ class Progress(Generic[T]):
         self.start = self._last = time.monotonic()
         self._closed = False
         self._bar = None
-        if self.stream.isatty():
+        self._lines = not self.stream.isatty()
+        self._terminal = _terminal() if self._lines and stream is None else None
+        screen = self._terminal if self._lines else self.stream
+        if screen is not None:
             from tqdm import tqdm  # here: light steps show nothing and need not pay for it
 
-            self._bar = tqdm(total=self.total, desc=label or None, file=self.stream, dynamic_ncols=True)
+            passing = self._terminal is not None  # the lines stay, the bar does not
+            self._bar = tqdm(total=self.total, desc=label or None, file=screen, dynamic_ncols=True, leave=not passing)
 
     def __iter__(self) -> Iterator[T]:
         if self.iterable is None:
@@ -57,7 +69,7 @@ class Progress(Generic[T]):
             self._tell()
         if self._bar is not None:
             self._bar.update(n)
-        elif time.monotonic() - self._last >= self.interval:
+        if self._lines and time.monotonic() - self._last >= self.interval:
             self._print()
 
     def close(self) -> None:
@@ -67,7 +79,9 @@ class Progress(Generic[T]):
         self._tell()
         if self._bar is not None:
             self._bar.close()
-        else:
+        if self._terminal is not None:
+            self._terminal.close()
+        if self._lines:
             self._print()
 
     def __enter__(self) -> Self:
@@ -104,6 +118,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _terminal() -> TextIO | None:
+    """The terminal that Snakemake runs on, if it said so and this process has one."""
+    if os.environ.get(TERMINAL):
+        with contextlib.suppress(OSError):
+            return Path("/dev/tty").open("w")
+    return None
 
 
 def _length(iterable: object) -> int | None:

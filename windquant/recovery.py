@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,7 +47,7 @@ def run(task: step.Task, settings: Settings) -> None:
     held_out = texts.reward.long()
     before = divergence(student, teacher, held_out)
     state = {name: value.detach().clone() for name, value in (gains | norms).items()}
-    distill(task, student, teacher, gains, norms, texts.recovery.long(), settings)
+    curve = distill(task, student, teacher, gains, norms, texts.recovery.long(), settings)
     tensors = {}
     for name, layout in packed.layouts.items():
         tensors[name] = regain(layout, packed.tensors[name], gains[name].detach().cpu())
@@ -59,6 +59,7 @@ def run(task: step.Task, settings: Settings) -> None:
         for name, value in (gains | norms).items():
             value.data.copy_(state[name])
     task.note("divergence", {"before": before, "after": after, "kept": after < before})
+    task.note("curve", [round(value, 5) for value in curve])
     for name, value in norms.items():
         teacher.get_parameter(name).data.copy_(value.detach())
     measured = checkpoint.write(task.output, teacher.cpu(), packed.layouts, tensors, packed.plan, task.inputs["model"])
@@ -184,8 +185,11 @@ def distill(
     norms: Mapping[str, nn.Parameter],
     windows: Tensor,
     settings: Settings,
-) -> None:
-    """Train gains and norms in place; goes on from the last training checkpoint in the task's cache."""
+) -> list[float]:
+    """Train gains and norms in place; goes on from the last training checkpoint in the task's cache.
+
+    Returns the divergence of every step's window, before that step, in nats per token.
+    """
     groups = [
         {"params": list(gains.values()), "lr": settings.gain_rate},
         {"params": list(norms.values()), "lr": settings.norm_rate},
@@ -195,11 +199,11 @@ def distill(
     parameters = {f"gain:{name}": value for name, value in gains.items()}
     parameters |= {f"norm:{name}": value for name, value in norms.items()}
     draw = torch.randperm(len(windows), generator=torch.Generator().manual_seed(task.seed))
-    first = _resume(task.cache, parameters, optimizer)
+    curve = _resume(task.cache, parameters, optimizer)
     progress: Progress[None] = task.progress(total=settings.steps, label="recovery")
     with progress:
-        progress.update(first)
-        for index in range(first, settings.steps):
+        progress.update(len(curve))
+        for index in range(len(curve), settings.steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(index, settings.steps, settings.warmup)
             ids = windows[draw[index % len(draw)]][None].to(compute.device())
@@ -212,10 +216,12 @@ def distill(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            task.metric("recovery_divergence", loss.item(), index)
+            curve.append(loss.item())
+            task.metric("recovery_divergence", curve[-1], index)
             progress.update(1)
             if (index + 1) % SAVE_EVERY == 0:
-                _save(task.cache, index + 1, parameters, optimizer)
+                _save(task.cache, curve, parameters, optimizer)
+    return curve
 
 
 def schedule(index: int, steps: int, warmup: int) -> float:
@@ -223,28 +229,30 @@ def schedule(index: int, steps: int, warmup: int) -> float:
     return min(1.0, (index + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * index / steps))
 
 
-def _save(folder: Path, done: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> None:
+def _save(folder: Path, curve: list[float], parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> None:
     tensors = {f"value:{name}": value.detach() for name, value in parameters.items()}
     for name, value in parameters.items():
         tensors |= {f"{key}:{name}": entry for key, entry in optimizer.state[value].items()}
     with atomic.output(folder / "state.safetensors") as path:
-        save_file(tensors, path, {"done": json.dumps(done)})
+        save_file(tensors, path, {"curve": json.dumps(curve)})
 
 
-def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> int:
-    """Number of steps that an interrupted run has done; its parameters and optimizer state are restored."""
+def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> list[float]:
+    """The curve of an interrupted run, a value per finished step; its parameters and optimizer state are restored."""
     path = folder / "state.safetensors"
     if not path.exists():
-        return 0
+        return []
     try:
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            curve: list[float] = json.loads(file.metadata()["curve"])
     except (OSError, SafetensorError):  # damaged on the disk: start over
-        return 0
+        return []
     for name, value in parameters.items():
         value.data.copy_(tensors[f"value:{name}"])
         moments = {key: tensors[f"{key}:{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[value] = {"step": tensors[f"step:{name}"], **moments}  # Adam counts on the CPU
-    return int(next(iter(optimizer.state.values()))["step"])
+    return curve
 
 
 def regain(layout: Layout, tensors: Mapping[str, Tensor], gain: Tensor) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from windquant import pictures
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.plan import Plan
+from windquant.report import plan_picture
+from windquant.report.svg import standalone
 
 if TYPE_CHECKING:
     from windquant.step import Task
@@ -165,11 +166,11 @@ def track(task: "Task", plan: Plan, result: Mapping[str, Any], manifests: Mappin
         task.tracker.dataset(Path(entry["path"]).name, entry["path"], entry["sha256"], context, parent=True)
     table = [("", "original", "quantized"), ("---", "--:", "--:"), *summary.rows(result, task.notes)]
     with tempfile.TemporaryDirectory() as scratch:
-        picture = Path(scratch) / "plan.png"
-        pictures.save_plan(plan, picture)
+        picture = Path(scratch) / "plan.svg"
+        picture.write_text(standalone(plan_picture.draw(plan), plan_picture.PAPER))
         task.tracker.close_parent(
             {**metrics(result), "checkpoint_bytes": task.notes["checkpoint_bytes"]},
-            {"result.json": task.output, "plan.json": task.inputs["plan"], "plan.png": picture},
+            {"result.json": task.output, "plan.json": task.inputs["plan"], "plan.svg": picture},
             {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
             parameters_of(manifests, plan.allocator),
             "\n".join(f"| {' | '.join(row)} |" for row in table),

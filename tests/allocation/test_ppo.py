@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,7 @@ def test_the_learned_plan_beats_the_lagrangian(
     curve = found.search["curve"]
     assert np.mean([point["reward"] for point in curve[-8:]]) > np.mean([point["reward"] for point in curve[8:24]])
     assert np.mean([point["explained_variance"] for point in curve[-8:]]) > 0.2
+    assert [target for target, _ in groupby(point["target"] for point in curve)] == [3.0, 2.5, 2.0]
 
 
 def test_promises(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:

@@ -61,7 +61,7 @@ def learned(task: Task, settings: Settings, bank: Bank) -> Plan:
             return loss
 
         found = search(bank, settings.target_bits, task.seed, settings, measure, task.cache, task.metrics)
-    choice, document = confirmed(bank, settings.target_bits, meter, found)
+    choice, document = confirmed(task, bank, settings.target_bits, meter, found)
     task.note("shares", bank.shares(choice))
     task.note("chosen", document["chosen"])
     for name in ("lagrangian_loss", "loss", "evaluations"):
@@ -78,14 +78,18 @@ def learned(task: Task, settings: Settings, bank: Bank) -> Plan:
     )
 
 
-def confirmed(bank: Bank, target_bits: float, meter: "LossMeter", found: "Found") -> tuple[Choice, dict[str, Any]]:
+def confirmed(
+    task: Task, bank: Bank, target_bits: float, meter: "LossMeter", found: "Found"
+) -> tuple[Choice, dict[str, Any]]:
     """The search's plan if it beats the Lagrangian one once both are really quantized, on other text; else that one."""
     baseline = lagrangian.allocate(bank, target_bits)
     if np.array_equal(found.choice, baseline):
         return baseline, found.search
     rivals = (("lagrangian", baseline), ("ppo", found.choice))
     plans = [bank.plan(choice, allocator=name, target_bits=target_bits, seed=0) for name, choice in rivals]
-    standard, learned = meter.confirm(plans)
+    progress: Progress[None] = task.progress(total=len(plans) * len(bank.linears), label="confirming")
+    with progress:
+        standard, learned = meter.confirm(plans, progress.update)
     document = found.search | {"confirmed": {"lagrangian": standard, "learned": learned}}
     if learned < standard:
         return found.choice, document

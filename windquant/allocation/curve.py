@@ -9,6 +9,7 @@ Report = Callable[[dict[str, float], int], None]
 
 #: What stable-baselines3 logs, and what it is called here.
 CURVE = {
+    "target": "target",  # bits: the curriculum's
     "reward": "reward",  # mean per decision, in bits of an average unit: 0 is the best under the hypothesis
     "train/entropy_loss": "negative_entropy",
     "train/policy_gradient_loss": "policy_loss",

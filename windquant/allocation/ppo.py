@@ -123,6 +123,7 @@ class Search:
         steps = self.walks * len(self.bank.linear)
         for update in range(len(self.curve), -(-steps // ppo.n_steps)):
             self.save(ppo, env)
+            ppo.logger.record("target", self.stage())
             ppo.learn(1, reset_num_timesteps=False, log_interval=10**9)  # one rollout and its update
             ppo.logger.record("reward", float(ppo.rollout_buffer.rewards.mean()))
             ppo.logger.dump(update)
@@ -156,16 +157,19 @@ class Search:
         most probable loss model, which the policy has to learn; the rest is told how its hypothesis differs from that.
         """
         count = self.settings.n_envs
-        stage = self.walked * (len(self.stages) + 2) // self.walks  # the real target gets two shares
-        target = self.stages[stage] if stage < len(self.stages) else self.target
         measured = self.measurements()
-        targets = np.array([self.target] * measured + [target] * (count - measured))
+        targets = np.array([self.target] * measured + [self.stage()] * (count - measured))
         if self.walked < self.walks:
             self.learned = self.model.weights
         samples = np.stack([self.model.sample(self.random) for _ in range(count)])
         told = (np.arange(count) < measured) | (np.arange(count) % 2 == 1)
         offset = np.where(told[:, None], samples - self.learned, 0.0)
         return Brief(targets, self.learned + offset, offset)
+
+    def stage(self) -> float:
+        """The curriculum's target for this walk."""
+        place = self.walked * (len(self.stages) + 2) // self.walks  # the real target gets two shares
+        return self.stages[place] if place < len(self.stages) else self.target
 
     def measurements(self) -> int:
         """How many episodes of this walk are measured."""

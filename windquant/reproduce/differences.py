@@ -56,7 +56,9 @@ class Verdict:
 
 
 def tolerance(artifact: str) -> Tolerance | None:
-    """The tolerance of an artifact's kind; None for what is not compared (MLflow's parent runs)."""
+    """The tolerance of an artifact's kind; None for what is not compared (MLflow's parent runs, the report)."""
+    if Path(artifact).suffix in (".html", ".svg"):  # only show what is compared itself
+        return None
     return next((value for folder, value in TOLERANCES.items() if artifact.startswith(f"{folder}/")), None)
 
 

@@ -23,8 +23,12 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
-from windquant import configuration, dependencies, estimate
+from windquant import configuration, dependencies, estimate, progress
 from windquant.errors import WindquantError
+from windquant.manifest import Manifest
+
+if sys.stderr.isatty():  # the steps' bars go there, past the pipes into their logs
+    os.environ[progress.TERMINAL] = "yes"
 
 
 def one_line(function):
@@ -138,3 +142,36 @@ def of_plan(*patterns):
 
 #: What stands in the name of a result for each allocator.
 BASELINES = ["" if allocator == "ppo" else f".{allocator}" for allocator in configuration.ALLOCATORS]
+
+
+DEFAULT = "results/smollm2-135m_2.0bits.json"
+
+
+def finished_results():
+    """The results that are here and whole, and their digests."""
+    found = {}
+    for path in sorted(Path("results").glob("*.json.manifest.json")):
+        artifact = path.with_name(path.name.removesuffix(".manifest.json"))
+        if artifact.exists():
+            found[str(artifact)] = one_line(Manifest.load)(artifact).output["sha256"]
+    return found
+
+
+def default_result():
+    """The default result, unless others are here without it, or its model is not configured."""
+    there = finished_results()
+    return [DEFAULT] if "smollm2-135m" in CONFIG["models"] and (DEFAULT in there or not there) else []
+
+
+def other_results():
+    return [path for path in finished_results() if path not in default_result()]
+
+
+def result_digests():
+    """Of the other results: where one changes, the report does."""
+    return {path: digest[:16] for path, digest in finished_results().items() if path not in default_result()}
+
+
+def existing(path):
+    """An input that may be missing."""
+    return [path] if Path(path).exists() else []

@@ -1,0 +1,116 @@
+"""`python -m windquant quantize`: from a folder to a checkpoint with its card, and what is refused before any work."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.workflow.commands import refused, run, windquant
+from tests.workflow.conftest import BITS, tiny_config
+from windquant import checkpoint, own_model
+from windquant.errors import WindquantError
+
+SMALL = [
+    f"--set={section}.{key}={json.dumps(value)}"
+    for section, values in tiny_config(Path()).items()
+    if section in ("calibration", "units", "recovery", "evaluation") and isinstance(values, dict)
+    for key, value in values.items()
+    if key not in ("path", "source", "test_source", "tasks")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(clone: Callable[[], Path]) -> Path:
+    return clone()
+
+
+def test_one_line_makes_a_checkpoint_with_its_card(folder: Path, tiny_model_folder: Path, text_file: Path) -> None:
+    out = folder / "out"
+    line = ("quantize", str(tiny_model_folder), "--bits", BITS, "--out", str(out), "--text", str(text_file))
+    line += ("--allocator", "lagrangian", "--cores", "1", *SMALL)
+    shown = windquant(folder, *line, PYTHONPATH=str(folder))
+    assert "effective bits per weight" in shown
+    assert f"python -m windquant generate {out}" in shown
+    packed = checkpoint.read(out)
+    assert packed.plan.allocator == "lagrangian"
+    card = (out / "README.md").read_text()
+    result = json.loads((out / "result.json").read_text())
+    perplexity = next(iter(result["perplexity"].values()))
+    assert f"{result['effective_bits']:.4f}" in card.partition("## Measured")[2]
+    assert f"| {perplexity['original']:.2f} | {perplexity['quantized']:.2f} |" in card
+    assert not (folder / "data").exists(), "the project's own folder stays as it is"
+
+    (out / "README.md").unlink()
+    again = windquant(folder, *line, PYTHONPATH=str(folder))
+    assert "Nothing to be done" in again
+    assert (out / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["nowhere", "--bits", "2", "--out", "o"],
+            "nowhere: neither a folder or file here nor a repository on the Hub",
+        ),
+        (["smolm2-135m", "--bits", "2", "--out", "o"], "did you mean smollm2-135m?"),
+        (["a/b", "--bits", "many", "--out", "o"], "--bits many: not a number"),
+        (["a/b", "--bits", "0.5", "--out", "o"], "0.5 bits: impossible"),
+        (["a/b", "--bits", "2", "--out", "o", "--allocator", "gredy"], "did you mean greedy?"),
+        (["a/b", "--bits", "2", "--out", "o", "--text", "none.txt"], "--text none.txt: no such file"),
+        (["a/b", "--bits", "2", "--out", "o", "--set", "recovery.stps=1"], "did you mean models.b.recovery.steps?"),
+        (
+            ["a/b", "--bits", "2", "--out", "o", "--set", "recovery.steps=x"],
+            "recovery.steps: 'x' is not of type 'integer'",
+        ),
+        (["a/b", "--bits", "2", "--out", "o", "--set", "recovery"], "--set recovery: give KEY=VALUE"),
+        (["config", "--bits", "2", "--out", "o"], "config: no config.json"),
+        (["a/b", "--bits", "2", "--out", "config"], "--out config: exists already"),
+        (["a/b", "--bits", "2", "--out", "Snakefile"], "--out Snakefile: exists already"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    arguments: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(WindquantError) as refusal:
+        own_model.main(arguments)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (folder / "o.work").exists()
+
+
+def test_a_failed_step_gives_its_reason_last(folder: Path) -> None:
+    """A Hub model without a Hub."""
+    said = refused(
+        folder, "quantize", "nobody/nothing", "--bits", "2.0", "--out", "x", "--cores", "1", PYTHONPATH=str(folder)
+    )  # fmt: skip
+    assert "models.nothing.id: nobody/nothing is not on this machine" in said
+    assert "the same line again goes on" in said
+
+
+def test_a_dry_run_shows_the_chain_and_paths_are_absolute(folder: Path, tiny_model_folder: Path) -> None:
+    out = ["--bits", "3.0", "--out", "dry", "--dry-run"]
+    done = run(
+        folder, sys.executable, "-m", "windquant", "quantize", str(tiny_model_folder), *out, PYTHONPATH=str(folder)
+    )
+    assert done.returncode == 0, done.stdout
+    assert "recovery" in done.stdout
+    entry = yaml.safe_load((folder / "dry.work" / "config" / "config.yaml").read_text())["models"]["tiny"]
+    assert entry["path"] == str(tiny_model_folder)
+    assert entry["units"]["chunk"] == 64, "the model is small"
+    assert entry["calibration"]["source"] == "articles"
+    assert not (folder / "dry").exists()
+
+
+def test_a_ready_model_keeps_its_settings() -> None:
+    name, entry = own_model.describe("smollm2-135m", None)
+    assert (name, entry["source"], entry["units"]["chunk"]) == ("smollm2-135m", "embedded", 64)
+    name, entry = own_model.describe("Qwen/Qwen3_0.6B", None)
+    assert (name, entry) == ("qwen3-0.6b", {"source": "hub", "id": "Qwen/Qwen3_0.6B"})
+    assert own_model.anchored({"calibration": {"path": "a/b", "source": "file"}, "models": {}}) == {
+        "calibration": {"path": str(own_model.ROOT / "a/b"), "source": "file"}
+    }

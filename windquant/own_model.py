@@ -1,0 +1,218 @@
+"""Your own model in one line: quantize it and get a checkpoint with its model card.
+
+    python -m windquant quantize Qwen/Qwen3-0.6B --bits 2.0 --out qwen3-2bit
+    python -m windquant quantize ./my-model --bits 2.5 --out my-model-2.5bit --text my-texts.txt
+
+The same Snakemake workflow as everything else, with a configuration made for this one model, in a working folder beside
+the output. The same line again goes on where an interrupted one was; another budget reuses what does not depend on it.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from windquant import atomic, configuration, manifest, result, summary
+from windquant.errors import WindquantError
+from windquant.manifest import Manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+RESULT = "result.json"  # in the output
+PATHS = ("path", "test_path", "data_dir")  # keys of the configuration
+SMALL = 1024  # input channels below which a chunk of 256 columns would be a large part of a weight
+#: What the default model is measured with: texts and tasks that need no Hub.
+WITHOUT_HUB: dict[str, dict[str, Any]] = {
+    "calibration": {"source": "articles", "whole": False, "test_source": "same"},
+    "evaluation": {"tasks": ["cloze", "next_sentence"], "windows": 16},
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m windquant quantize",
+        description="Quantize a model of your own: a checkpoint with its model card, in one line.",
+    )
+    parser.add_argument("model", help="repository on the Hub, local folder, GGUF file, or a name in config/config.yaml")
+    parser.add_argument("--bits", required=True, help="budget: effective bits per weight, all metadata included")
+    parser.add_argument("--out", required=True, type=Path, help="folder to make")
+    parser.add_argument("--text", help="what to calibrate and measure on: a text file, `articles` or `hub`")
+    parser.add_argument("--allocator", default="ppo", help=f"one of {', '.join(configuration.ALLOCATORS)} [ppo]")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. recovery.steps=200; see config/README.md"
+    )
+    parser.add_argument("--work", type=Path, help="working folder [<out>.work]")
+    parser.add_argument("--cores", default="all", help="for Snakemake [all]")
+    parser.add_argument("--dry-run", action="store_true", help="show the steps, do nothing")
+    given = parser.parse_args(arguments)
+    quantize(
+        given.model, given.bits, given.out, given.text, given.allocator, given.set, given.work, given.cores,
+        given.dry_run,
+    )  # fmt: skip
+
+
+def quantize(
+    model: str,
+    bits: str,
+    out: Path,
+    text: str | None = None,
+    allocator: str = "ppo",
+    changes: Sequence[str] = (),
+    work: Path | None = None,
+    cores: str = "all",
+    dry_run: bool = False,
+) -> None:
+    """Make `out`. Raises WindquantError, before any work starts, for whatever can be known to be wrong by then."""
+    if not (ROOT / "Snakefile").is_file():
+        raise WindquantError(
+            f"{ROOT}: holds no workflow; run this in a clone of the project, installed with `make env`"
+        )
+    number = configuration.check_bits(_number(bits))
+    configuration.check_allocator(allocator)
+    name, entry = describe(model, text)
+    for change in changes:
+        apply(entry, change)
+    schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+    shared = configuration.load(ROOT / "config" / "config.yaml")
+    document = configuration.validate(anchored(shared) | {"models": {name: anchored(entry)}}, schema)
+    work = work or out.with_name(f"{out.name}.work")
+    target = Path("results") / f"{name}_{number}bits{'' if allocator == 'ppo' else f'.{allocator}'}.json"
+    checkpoint = work / "data" / "checkpoints" / f"{name}_{number}bits.{allocator}" / "quantized"
+    check_output(out)
+    (work / "config").mkdir(parents=True, exist_ok=True)
+    atomic.write_text(work / "config" / "config.yaml", yaml.safe_dump(document, sort_keys=False))
+    run_workflow(work, target, cores, dry_run)
+    if not dry_run:
+        deliver(checkpoint, work / target, out)
+        summary.show(work / target)
+        size = sum(path.stat().st_size for path in out.rglob("*")) / 1e6
+        print(f"\n{out}: {size:,.1f} MB, with its model card in README.md. Try it:")
+        print(f'  python -m windquant generate {out} "Once upon a time"')
+        print(f"{work} holds what the steps made: keep it for another budget, or delete it.")
+
+
+def describe(model: str, text: str | None) -> tuple[str, dict[str, Any]]:
+    """Name and configuration entry of a model that a person names; WindquantError if it is nothing known."""
+    ready = configuration.load(ROOT / "config" / "config.yaml")["models"]
+    path = Path(model).expanduser()
+    if path.exists():
+        entry: dict[str, Any] = {"source": "folder", "path": str(path.resolve())}
+        name = path.resolve().name.removesuffix(".gguf")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise WindquantError(f"{model}: no config.json; give a Hugging Face folder with *.safetensors")
+    elif model in ready:
+        name, entry = model, dict(ready[model])
+    elif HUB_NAME.fullmatch(model):
+        entry = {"source": "hub", "id": model}
+        name = model.rpartition("/")[2]
+    else:
+        hint = configuration.did_you_mean(model, ready)
+        raise WindquantError(
+            f"{model}: neither a folder or file here nor a repository on the Hub (owner/name){hint or ';'} ready are "
+            f"{', '.join(ready)}"
+        )
+    if text is None and entry["source"] == "folder":
+        text = "articles"
+    if text == "articles":
+        entry |= WITHOUT_HUB
+    elif text not in (None, "hub"):
+        file = Path(str(text)).expanduser()
+        if not file.is_file():
+            raise WindquantError(f"--text {text}: no such file; give a text file, articles or hub")
+        entry["calibration"] = {"source": "file", "path": str(file.resolve()), "whole": False, "test_source": "same"}
+        entry["evaluation"] = {"tasks": [], "windows": 16}
+    if entry["source"] == "folder" and 0 < narrowest(path) < SMALL:
+        entry["units"] = {"chunk": 64, "protected": 0.0}
+    return re.sub(r"[/_\s]+", "-", name.lower()), entry
+
+
+def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the paths in them absolute: in the project's configuration they start at its folder."""
+    return {
+        key: anchored(value)
+        if isinstance(value, Mapping)
+        else str(ROOT / Path(value).expanduser())
+        if key in PATHS and value
+        else value
+        for key, value in settings.items()
+        if key != "models"
+    }
+
+
+def narrowest(folder: Path) -> int:
+    """Hidden size of a Hugging Face folder's model; 0 where its configuration does not tell."""
+    try:
+        document = json.loads((folder / "config.json").read_text())
+        return int(document.get("hidden_size") or 0)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0
+
+
+def apply(entry: dict[str, Any], change: str) -> None:
+    """Set "section.key=value" in a model's entry; the schema checks it afterwards."""
+    where, sign, value = change.partition("=")
+    section, dot, key = where.partition(".")
+    if not sign or not section:
+        raise WindquantError(f"--set {change}: give KEY=VALUE, e.g. recovery.steps=200; see config/README.md")
+    parsed = yaml.safe_load(value)
+    if dot:
+        entry[section] = {**entry.get(section, {}), key: parsed}
+    else:
+        entry[section] = parsed
+
+
+def check_output(out: Path) -> None:
+    """WindquantError if `out` is something that this command did not make."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RESULT).is_file()):
+        raise WindquantError(f"--out {out}: exists already and was not made by this command; choose another folder")
+
+
+def run_workflow(work: Path, target: Path, cores: str, dry_run: bool) -> None:
+    """Snakemake in the working folder; WindquantError with the step's own reason if it fails."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+    command += ["--workflow-profile", str(ROOT / "workflow" / "profiles" / "default"), "--cores", cores]
+    command += ["--dry-run"] * dry_run
+    done = subprocess.run([*command, "--", str(target)], cwd=work)
+    if done.returncode:
+        raise WindquantError(f"{reason(work)}; the same line again goes on from the last finished step")
+
+
+def reason(work: Path) -> str:
+    """The last error in the logs of the steps."""
+    logs = sorted(work.glob("logs/*/*.log"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(logs):
+        for line in reversed(path.read_text(errors="replace").splitlines()):
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+    return f"the workflow has stopped, see above and {work / '.snakemake' / 'log'}"
+
+
+def deliver(checkpoint: Path, path: Path, out: Path) -> None:
+    """Copy the checkpoint to `out`, whole or not at all; its card gets what was measured."""
+    with atomic.output(out) as partial:
+        shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(manifest.SNAKEMAKE_MARK))
+        card = partial / "README.md"
+        card.write_text(f"{card.read_text().rstrip()}\n\n{measured(result.load(path), Manifest.load(path).notes)}")
+        shutil.copyfile(path, partial / RESULT)
+
+
+def measured(entry: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    """What was measured of the model, as a section of its card."""
+    lines = [("", "original", "quantized"), ("---", "--:", "--:"), *summary.rows(entry, notes)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## Measured\n\n{table}\n\n`{RESULT}` has it all.\n"
+
+
+def _number(text: str) -> str:
+    try:
+        float(text)
+    except ValueError:
+        raise WindquantError(f"--bits {text}: not a number; give e.g. 2.0") from None
+    return text
