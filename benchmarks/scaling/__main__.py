@@ -81,28 +81,23 @@ def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dic
         make_text(text, samples, length)
     statistics, bank, plan = (here / name for name in ("statistics.safetensors", "bank.safetensors", "plan.json"))
     packed, recovered = here / "packed", here / "recovered"
-    commands = {
-        "statistics": ["statistics", "--model", model, "--calibration", text, "--output", statistics],
-        "bank": ["bank", "--model", model, "--statistics", statistics, "--output", bank],
-        "allocation": ["allocation", "--bank", bank, "--allocator=lagrangian", f"--target-bits={BITS}"]
-        + ["--output", plan],
-        "quantize": ["quantize", "--model", model, "--calibration", text, "--statistics", statistics, "--plan", plan]
-        + ["--output", packed],
-        "perplexity_original": ["evaluation.perplexity", "--checkpoint", model, "--calibration", text]
-        + ["--output", here / "original.json"],
-        "perplexity": ["evaluation.perplexity", "--checkpoint", packed, "--calibration", text]
-        + ["--output", here / "quantized.json"],
-        "recovery": ["recovery", "--model", model, "--calibration", text, "--checkpoint", packed, "--steps=4"]
-        + ["--output", recovered],
+    words: dict[str, dict[str, Any]] = {
+        "statistics": {"model": model, "calibration": text, "output": statistics},
+        "bank": {"model": model, "statistics": statistics, "output": bank},
+        "allocation": {"bank": bank, "allocator": "lagrangian", "target-bits": BITS, "output": plan},
+        "quantize": {"model": model, "calibration": text, "statistics": statistics, "plan": plan, "output": packed},
+        "perplexity_original": {"checkpoint": model, "calibration": text, "output": here / "original.json"},
+        "perplexity": {"checkpoint": packed, "calibration": text, "output": here / "quantized.json"},
+        "recovery": {"model": model, "calibration": text, "checkpoint": packed, "steps": 4, "output": recovered},
     }
     found: dict[str, Any] = {}
     for step in STEPS:
-        words = [str(word) for word in commands[step]]
-        output = Path(words[words.index("--output") + 1])
+        output = words[step]["output"]
         manifest = output.with_name(f"{output.name}.manifest.json")
         if not manifest.exists():
-            command = [sys.executable, "-m", f"windquant.{words[0]}", *words[1:], "--seed=0", f"--threads={threads}"]
-            subprocess.run(command, check=True)
+            module = "evaluation.perplexity" if step.startswith("perplexity") else step
+            flags = [f"--{name}={value}" for name, value in {**words[step], "threads": threads}.items()]
+            subprocess.run([sys.executable, "-m", f"windquant.{module}", *flags], check=True)
         document = json.loads(manifest.read_text())
         found[step] = {"seconds": document["seconds"], "peak_memory_bytes": document["peak_memory_bytes"]["host"]}
     config = json.loads((model / "config.json").read_text())
