@@ -98,7 +98,7 @@ class Block(nn.Module):
         """The layer's parameters by their names inside the layer, with gains and trained norms."""
         result: dict[str, Tensor] = {name.removeprefix(self.prefix): norm for name, norm in self.norms.items()}
         for linear, gain in self.gains.items():
-            # protected columns and skipped chunks have no scale: their index is the column of zeros that is put in front
+            # index 0, a column of zeros, is for protected columns and skipped chunks, which have no scale
             padded = torch.cat([gain.new_zeros(len(gain), 1), gain], 1)
             weight = self.weights[f"{linear}.weight"]
             factor = padded.exp().index_select(1, self.chunk_of[linear]).to(weight.dtype)
