@@ -1,9 +1,15 @@
 """Where and how precisely the heavy passes run: the device, and BF16 where the processor multiplies it natively."""
 
+import fcntl
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from functools import cache
+from pathlib import Path
+from typing import IO, TypeVar
 
 import torch
 from torch import nn
@@ -12,10 +18,55 @@ from windquant.errors import WindquantError
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
+_held: list[IO[str]] = []  # locks of GPUs, open for the life of the process
 
 
+@cache
 def device() -> torch.device:
+    """The GPU, where there is one, else the CPU. The first call takes a GPU for this process alone."""
+    if not torch.cuda.is_initialized():
+        claim(visible())
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def visible() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; a scheduler may have set it."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    return [str(index) for index in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+
+
+def claim(names: list[str], folder: Path | None = None) -> str | None:
+    """Take one of the GPUs for this process, and see no other; waits until one is free. None without GPUs.
+
+    A lock file per GPU in `folder` (that of temporary files), held as long as the process lives, keeps other steps of
+    this machine away, whatever started them.
+    """
+    if not names:
+        return None
+    folder = folder or Path(tempfile.gettempdir())
+    waiting = False
+    while True:
+        for name in names:
+            try:
+                file = (folder / f"windquant-{os.getuid()}-gpu-{name.replace('/', '-')}.lock").open("a")
+            except OSError:  # no place for locks: the scheduler must do
+                break
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            _held.append(file)
+            os.environ["CUDA_VISIBLE_DEVICES"] = name
+            return name
+        else:
+            if not waiting:
+                print("every GPU has a step already: waiting for one", file=sys.stderr, flush=True)
+            waiting = True
+            time.sleep(1)
+            continue
+        return None
 
 
 def move(model: M) -> M:
@@ -26,7 +77,7 @@ def move(model: M) -> M:
 
 def native_bfloat16() -> bool:
     """Whether BF16 matrix products are faster than FP32 ones here (two to three times, where they are native)."""
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

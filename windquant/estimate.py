@@ -125,7 +125,7 @@ def cpu(cores: int) -> Machine:
         decode=60e6 * share,
         read=1e9,
         start=6.0,
-        memory=0.45 * GIB,
+        memory=0.55 * GIB,
     )
 
 
@@ -243,7 +243,8 @@ def resources(resolved: Settings, step: str, bits: float, cores: int, on_gpu: bo
     shape = known(resolved["model"]) or UNKNOWN
     need = needs(shape, resolved, bits, gpu(cores) if on_gpu else cpu(cores), on_gpu)[step]
     return {
-        "mem_mb": round(1.25 * attempt * need.memory / 2**20) + 256,
+        # a job of a cluster is the step and the Snakemake that starts it
+        "mem_mb": round(attempt * (1.25 * need.memory / 2**20 + 512)),
         "runtime": round(attempt * (3 * need.seconds / 60 + 10)),
         "disk_mb": round(1.1 * need.disk / 2**20) + 16,
     }

@@ -86,7 +86,7 @@ class Flow:
             if keep:
                 self.states.put(place, hidden)
 
-    def batches(self, samples: int) -> Iterator[Tensor]:
-        """The hidden state [batch, length, hidden] of every batch that holds some of the first samples."""
-        for place in range(-(-samples // self.batch)):
+    def batches(self, samples: int | None = None) -> Iterator[Tensor]:
+        """The hidden state [batch, length, hidden] of every batch, or of those that hold the first samples."""
+        for place in range(len(self.calls) if samples is None else -(-samples // self.batch)):
             yield self.states.get(place, self.device)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from windquant import sources, step
+from windquant import compute, sources, step
 from windquant.decoder import decoder_layers
 from windquant.errors import WindquantError
 
@@ -104,7 +104,7 @@ def check_folder(folder: Path) -> int:
         raise WindquantError(f"{folder}: the model is quantized already; give the original one")
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.fromconfiguration(config)
+            skeleton = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
         raise WindquantError(f"{folder}: not a causal language model of transformers ({first_line(error)})") from error
     decoder_layers(skeleton)
@@ -213,9 +213,9 @@ def place(config: Any, device: str = "auto", dtype: str = "auto") -> tuple[torch
 
     dtype auto is float32, except for models of more than a billion parameters on a GPU, which keep the stored one.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    gpu = device != "cpu" and compute.device().type == "cuda"
+    if device == "cuda" and not gpu:
         raise WindquantError("device: cuda was asked for, but torch finds no GPU; use auto or cpu")
-    gpu = torch.cuda.is_available() and device != "cpu"
     chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and gpu:
         text = config.get_text_config()

@@ -107,7 +107,7 @@ def quantize_model(
             result[linear.name], decoded = quantize_linear(
                 weight.float().cpu(),
                 orders[linear.group],
-                matrices[linear.group],
+                matrices[linear.group].cpu(),
                 layouts[linear.name],
                 statistics.fisher[linear.name],
             )

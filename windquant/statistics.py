@@ -117,8 +117,8 @@ class Covariance:
         self.tokens[key] += len(x)
 
     def means(self) -> dict[str, Tensor]:
-        """E[x x^T] by key, on the CPU; an activation that overflowed is refused."""
-        result = {key: (total / self.tokens[key]).cpu() for key, total in self.sums.items()}
+        """E[x x^T] by key, on the device; an activation that overflowed is refused."""
+        result = {key: total / self.tokens[key] for key, total in self.sums.items()}
         for key, value in result.items():
             if not value.sum().isfinite():
                 raise WindquantError(f"{key}: its input overflows on the calibration text; check the model's weights")
@@ -178,10 +178,11 @@ def forward(
         with decoder.watch(layer, covariance.see):
             flow.through(layer, index)
         for group, matrix in covariance.means().items():
-            energy[group] = matrix.diagonal().clone()
+            energy[group] = matrix.diagonal().cpu().clone()
             order = torch.argsort(energy[group], descending=True, stable=True)
             conditional[group] = torch.empty_like(energy[group])
-            conditional[group][order] = factor(matrix[order][:, order]).diagonal().square().reciprocal()
+            factor_u = factor(matrix[order.to(matrix.device)][:, order.to(matrix.device)])
+            conditional[group][order] = factor_u.diagonal().square().reciprocal().cpu()
         for linear in here:
             if linear.group not in energy:
                 raise WindquantError(

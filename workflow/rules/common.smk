@@ -108,11 +108,11 @@ GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resour
 
 
 def ask(step, resource):
-    """What a step's job asks for of a resource, from the model's configuration; `gpu` of those that compute with one."""
-    if resource == "gpu":
-        return 1 if GPUS else 0
+    """What a step's job asks for of a resource, from the model's configuration; `gpu`: one, where there are any."""
 
     def asked(wildcards, attempt):
+        if resource == "gpu":
+            return 1 if GPUS else None
         bits = float(getattr(wildcards, "bits", 16))
         found = estimate.resources(resolved(wildcards.model), step, bits, ALL_CORES, bool(GPUS), attempt)
         return found[resource]

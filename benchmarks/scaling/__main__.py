@@ -1,0 +1,150 @@
+"""Time and peak memory of every step for random Llama models of several sizes, as JSON and as a table.
+
+    python -m benchmarks.scaling --folder /tmp/scaling                      # all sizes: half an hour on two cores
+    python -m benchmarks.scaling --folder /tmp/scaling --sizes 10M,40M      # some; the table is of all there are
+    python -m benchmarks.scaling --folder /tmp/scaling --sizes deep,shallow # two that differ in depth alone
+
+Each step runs in a process of its own, as in the workflow, on short random text: the times are about how the steps
+grow, not how good the models are. The exponent is that of a power of the number of weights, fitted by least squares to
+the logarithms of the seconds that a step takes beyond its start (imports, and the frame of a step).
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: hidden, intermediate, layers, heads
+SIZES = {
+    "10M": (256, 704, 12, 4),
+    "40M": (512, 1408, 12, 8),
+    "135M": (768, 2112, 18, 12),
+    "500M": (1280, 3456, 24, 20),
+    "shallow": (512, 1408, 6, 8),
+    "deep": (512, 1408, 24, 8),
+}
+FITTED = ("10M", "40M", "135M", "500M")
+VOCABULARY = 8192
+BITS = 2.0
+STEPS = ("statistics", "bank", "allocation", "quantize", "perplexity_original", "perplexity", "recovery")
+START = 5.0  # seconds of every step that no model has a part in, measured with the tiny model of the tests
+
+
+def make_model(folder: Path, size: str) -> None:
+    """A random Llama in float16, with a tokenizer that knows its alphabet."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    hidden, intermediate, layers, heads = SIZES[size]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=1 / math.sqrt(hidden),
+    )
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    words = {chr(0x4E00 + index): index for index in range(VOCABULARY)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words))).save_pretrained(folder)
+
+
+def make_text(folder: Path, samples: int, length: int) -> None:
+    """The artifact of the calibration step, of random tokens."""
+    import torch
+    from safetensors.torch import save_file
+
+    chance = torch.Generator().manual_seed(0)
+    counts = {"calibration": samples, "reward": 4, "recovery": 8, "test": 4}
+    tokens = {
+        name: torch.randint(VOCABULARY, (n, length), generator=chance, dtype=torch.int32) for name, n in counts.items()
+    }
+    folder.mkdir(parents=True)
+    save_file(tokens, folder / "tokens.safetensors")
+    (folder / "info.json").write_text(json.dumps({"test_name": "random"}))
+
+
+def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dict[str, Any]:
+    """All steps of one size; seconds and peak memory by step, from the steps' own manifests."""
+    here = folder / size
+    model, text = here / "model", here / "text"
+    if not model.exists():
+        make_model(model, size)
+        make_text(text, samples, length)
+    statistics, bank, plan = (here / name for name in ("statistics.safetensors", "bank.safetensors", "plan.json"))
+    packed, recovered = here / "packed", here / "recovered"
+    words: dict[str, dict[str, Any]] = {
+        "statistics": {"model": model, "calibration": text, "output": statistics},
+        "bank": {"model": model, "statistics": statistics, "output": bank},
+        "allocation": {"bank": bank, "allocator": "lagrangian", "target-bits": BITS, "output": plan},
+        "quantize": {"model": model, "calibration": text, "statistics": statistics, "plan": plan, "output": packed},
+        "perplexity_original": {"checkpoint": model, "calibration": text, "output": here / "original.json"},
+        "perplexity": {"checkpoint": packed, "calibration": text, "output": here / "quantized.json"},
+        "recovery": {"model": model, "calibration": text, "checkpoint": packed, "steps": 4, "output": recovered},
+    }
+    found: dict[str, Any] = {}
+    for step in STEPS:
+        output = words[step]["output"]
+        manifest = output.with_name(f"{output.name}.manifest.json")
+        if not manifest.exists():
+            module = "evaluation.perplexity" if step.startswith("perplexity") else step
+            flags = [f"--{name}={value}" for name, value in {**words[step], "threads": threads}.items()]
+            subprocess.run([sys.executable, "-m", f"windquant.{module}", *flags], check=True)
+        document = json.loads(manifest.read_text())
+        found[step] = {"seconds": document["seconds"], "peak_memory_bytes": document["peak_memory_bytes"]["host"]}
+    config = json.loads((model / "config.json").read_text())
+    from windquant.estimate import Shape
+
+    return {"weights": Shape.of(config, model).weights, "layers": config["num_hidden_layers"], "steps": found}
+
+
+def exponent(weights: list[int], seconds: list[float]) -> float:
+    """b of seconds = a weights^b, by least squares on the logarithms."""
+    x, y = [math.log(value) for value in weights], [math.log(value) for value in seconds]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Markdown: a row per step, seconds and peak memory by size, and the exponents over the FITTED sizes."""
+    sizes = [size for size in SIZES if size in results]
+    fitted = [size for size in FITTED if size in results]
+    lines = ["| step | " + " | ".join(f"{size}" for size in sizes) + " | exponent |", "|---" * (len(sizes) + 2) + "|"]
+    for step in STEPS:
+        rows = {size: results[size]["steps"][step] for size in sizes}
+        cells = [f"{rows[size]['seconds']:.1f} s, {rows[size]['peak_memory_bytes'] / 1e9:.2f} GB" for size in sizes]
+        beyond = {size: rows[size]["seconds"] - START for size in fitted}
+        large = [size for size in fitted if beyond[size] > 0.5]
+        fit = "-"
+        if len(large) > 1:
+            fit = f"{exponent([results[s]['weights'] for s in large], [beyond[s] for s in large]):.2f}"
+        lines.append(f"| {step} | " + " | ".join(cells) + f" | {fit} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="for models and artifacts; what is there is kept")
+    parser.add_argument("--sizes", default=",".join(FITTED), help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=16, help="of the calibration set")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
+    options = parser.parse_args()
+    path = options.folder / "scaling.json"
+    for size in options.sizes.split(","):
+        result = run(options.folder, size, options.threads, options.samples, options.length)
+        results = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(results | {size: result}, indent=1) + "\n")
+    print(table(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""GPUs are taken by one step at a time, and a batch that does not fit is tried again smaller."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.families import family, token_ids
+from windquant import compute
+from windquant.decoder import decoder_layers
+from windquant.errors import WindquantError
+from windquant.evaluation.perplexity import token_losses
+
+TAKE = """
+import sys
+from pathlib import Path
+from windquant import compute
+print(compute.claim(["0", "1"], Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+def take(folder: Path) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", TAKE, str(folder)], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_every_gpu_has_one_step_and_the_next_one_waits(tmp_path: Path) -> None:
+    first, second = take(tmp_path), take(tmp_path)
+    names = [process.stdout.readline().strip() for process in (first, second) if process.stdout]
+    assert sorted(names) == ["0", "1"]
+    third = take(tmp_path)
+    assert third.stderr is not None
+    assert "waiting for one" in third.stderr.readline()
+    second.communicate("")  # its end frees its GPU
+    assert third.stdout is not None
+    assert third.stdout.readline().strip() == names[1]
+    for process in (first, third):
+        process.communicate("")
+
+
+def test_without_gpus_nothing_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert compute.visible() == []
+    assert compute.claim([], tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scheduler_names_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-7f")
+    assert compute.visible() == ["3", "GPU-7f"]
+    assert compute.claim(compute.visible(), tmp_path) == "3"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    compute._held.pop().close()
+
+
+def limited(model: nn.Module, most: int) -> None:
+    """The last decoder layer runs out of memory for more than `most` samples: in the middle of a pass."""
+
+    def check(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(arguments[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+    decoder_layers(model)[1][-1].register_forward_pre_hook(check)
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    model, ids = family("llama"), token_ids(8, 12)
+    expected = token_losses(model, ids, 2)
+    limited(model, 2)
+    found = compute.with_smaller_batches(8, lambda batch: token_losses(model, ids, batch))
+    torch.testing.assert_close(found, expected)
+    assert capsys.readouterr().err.splitlines() == [
+        "out of GPU memory (CUDA out of memory): again with a batch of 4",
+        "out of GPU memory (CUDA out of memory): again with a batch of 2",
+    ]
+
+
+def test_a_batch_of_one_that_does_not_fit_is_refused() -> None:
+    model, ids = family("llama"), token_ids(4, 12)
+    limited(model, 0)
+    with pytest.raises(WindquantError, match=r"with a batch of 1 \(CUDA out of memory\); use a GPU with more"):
+        compute.with_smaller_batches(4, lambda batch: token_losses(model, ids, batch))

@@ -1,0 +1,116 @@
+"""The cost model: exact where it counts, close to what was measured, and refusals before anything runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.checkpoint.making import tiny
+from windquant import configuration, estimate
+from windquant.errors import WindquantError
+from windquant.estimate import Shape
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+EMBEDDED = configuration.resolve(configuration.load(ROOT / "config" / "config.yaml"), SCHEMA, "smollm2-135m")
+#: Seconds and bytes of the main job on two quiet cores (docs/results.md), before the layers were streamed.
+MEASURED = {"statistics": 37, "bank": 4, "allocation": 135, "quantize": 59, "recovery": 176, "zero_shot": 44}
+LLAMA_70B = {
+    "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_weights_and_parameters_are_counted_from_the_configuration(name: str) -> None:
+    model = tiny(name)
+    shape = Shape.of(json.loads(model.config.to_json_string()), name)
+    linears = [value.numel() for key, value in model.named_parameters() if ".layers." in key and "proj.weight" in key]
+    assert shape.weights == sum(linears)
+    assert shape.parameters == pytest.approx(model.num_parameters(), rel=0.02), "norms and biases aside"
+
+
+def test_a_70b_model_is_counted_without_its_weights() -> None:
+    shape = Shape.of(LLAMA_70B, "config.json")
+    with_meta = LlamaConfig(**{**LLAMA_70B, "num_hidden_layers": 1})
+    import torch
+
+    with torch.device("meta"):
+        one = AutoModelForCausalLM.from_config(with_meta)
+    assert shape.layer == sum(value.numel() for key, value in one.named_parameters() if "proj" in key)
+    assert 70e9 < shape.parameters < 71e9
+    assert shape.units(256) == 80 * (6 * 32 + 112)
+
+
+@pytest.mark.parametrize("step", MEASURED)
+def test_the_embedded_models_times_are_near_what_was_measured(step: str) -> None:
+    found = estimate.needs(estimate.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, estimate.cpu(2))[step]
+    assert 1 / 2 < found.seconds / MEASURED[step] < 2
+
+
+def test_the_memory_of_streaming_steps_does_not_grow_with_the_depth() -> None:
+    shallow, deep = (Shape(layers, 4096, 14336, 4096, 1024, 128256, False) for layers in (4, 32))
+    few, many = (estimate.needs(shape, EMBEDDED, 2.0, estimate.cpu(2)) for shape in (shallow, deep))
+    for step in ("statistics", "bank", "perplexity", "perplexity_original"):
+        assert many[step].memory == few[step].memory
+        assert many[step].seconds > few[step].seconds
+    assert many["recovery"].memory > 2 * few["recovery"].memory
+
+
+def test_jobs_ask_for_more_than_the_estimate_and_for_still_more_when_tried_again() -> None:
+    need = estimate.needs(estimate.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, estimate.cpu(2))["quantize"]
+    first, second = (estimate.resources(EMBEDDED, "quantize", 2.0, 2, False, attempt) for attempt in (1, 2))
+    assert first["mem_mb"] * 2**20 > 1.2 * need.memory
+    assert first["runtime"] * 60 > 2 * need.seconds
+    assert second["mem_mb"] > 1.5 * first["mem_mb"]
+    assert second["runtime"] == pytest.approx(2 * first["runtime"], abs=1)
+
+
+def of_folder(folder: Path) -> dict[str, object]:
+    """Settings of a 70B model of which there is the configuration alone."""
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+    config = {"models": {"big": {"source": "folder", "path": str(folder)}}}
+    return configuration.resolve(config, SCHEMA, "big")
+
+
+def test_too_little_memory_is_told_with_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = of_folder(tmp_path)
+    monkeypatch.setattr(estimate, "total_memory", lambda: 24 * 2**30)
+    with pytest.raises(WindquantError, match=r"big at 2 bits: the step \w+ needs about .* GB of memory, this machine"):
+        estimate.check_room(resolved, 2.0, "ppo", 2, False)
+    monkeypatch.setenv(estimate.FORCE, "1")
+    estimate.check_room(resolved, 2.0, "ppo", 2, False)
+
+
+def test_too_little_disk_is_told_with_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = of_folder(tmp_path)
+    monkeypatch.setattr(estimate, "total_memory", lambda: 2**50)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
+    with pytest.raises(WindquantError, match=r"the results need about .* GB of disk, 1\.0 GB are free here"):
+        estimate.check_room(resolved, 2.0, "ppo", 2, False)
+
+
+def test_the_embedded_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "total_memory", lambda: 8 * 2**30)
+    estimate.check_room(EMBEDDED, 2.0, "ppo", 2, False)
+
+
+def test_the_command_shows_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    estimate.main([str(tmp_path), "--bits", "2", "--cores", "16"])
+    shown = capsys.readouterr().out
+    assert "70,554M parameters" in shown
+    for step in configuration.STEPS:
+        assert f"\n{step} " in shown
+    estimate.main([str(tmp_path / "config.json"), "--json", "--gpu"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["statistics"]["gpu"] > 0
+    assert set(found) >= set(configuration.STEPS)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"hidden_size": 8}'])
+def test_a_configuration_of_no_decoder_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(WindquantError, match=r"config\.json: "):
+        estimate.find(str(tmp_path))
