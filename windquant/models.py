@@ -104,7 +104,7 @@ def check_folder(folder: Path) -> int:
         raise WindquantError(f"{folder}: the model is quantized already; give the original one")
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.fromconfiguration(config)
+            skeleton = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
         raise WindquantError(f"{folder}: not a causal language model of transformers ({first_line(error)})") from error
     decoder_layers(skeleton)
