@@ -39,16 +39,25 @@ def test_packages_are_compared_with_the_lock(tmp_path: Path) -> None:
     assert next(iter(doctor.packages(tmp_path / "none"))).status == WARNING
 
 
-def test_what_fits_depends_on_memory_disk_and_hub(tiny_model_folder: Path) -> None:
-    def statuses(room: float, disk: float, reachable: bool) -> dict[str, doctor.Finding]:
-        return {finding.what: finding for finding in doctor.fitting(room, disk, reachable, slow=True)}
+def test_what_fits_depends_on_memory_disk_and_hub() -> None:
+    def found(room: float, disk: float, reachable: bool) -> dict[str, doctor.Finding]:
+        return {finding.what: finding for finding in doctor.fitting(room, disk, reachable, on_gpu=False)}
 
-    large = statuses(200e9, 200e9, True)
-    assert all(finding.status == GOOD for finding in large.values())
-    assert "hours without a GPU" in large["llama3-8b"].said
-    assert "the Hub" in statuses(200e9, 200e9, False)["llama3-8b"].said
-    small = statuses(8e9, 1e9, True)
-    assert "GB of memory and" in small["llama3-8b"].said
-    assert small["smollm2-135m"].said.endswith("lacks 2 GB of disk")
-    assert doctor.parameters(tiny_model_folder) == 0.0  # 68,000
-    assert doctor.parameters(tiny_model_folder / "none") is None
+    assert all(finding.status == GOOD for finding in found(1e12, 1e12, True).values())
+    assert found(1e12, 1e12, False)["llama3-8b"].said.endswith("lacks the Hub, or a local copy")
+    assert found(1e12, 1e12, False)["smollm2-135m"].status == GOOD
+    assert found(8e9, 1e8, True)["llama3-8b"].said.endswith("lacks memory and disk")
+
+
+def test_the_shapes_of_the_ready_models_give_their_known_sizes() -> None:
+    billions = {name: round(shape.parameters / 1e9, 2) for name, shape in doctor.SHAPES.items()}
+    assert billions == {
+        "llama2-7b": 6.74,
+        "llama3-8b": 8.03,
+        "llama3.2-1b": 1.24,
+        "llama3.2-3b": 3.21,
+        "qwen3-0.6b": 0.6,
+        "mistral-7b": 7.25,
+        "gemma3-270m": 0.27,
+    }
+    assert [doctor.said_time(seconds) for seconds in (600, 7200)] == ["10 minutes", "2.0 hours"]

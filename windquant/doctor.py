@@ -8,7 +8,6 @@ job needs is missing.
 
 import argparse
 import importlib.metadata
-import math
 import os
 import platform
 import shutil
@@ -19,24 +18,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from windquant import configuration, dependencies
-from windquant.errors import WindquantError
+from windquant import configuration, dependencies, estimate
+from windquant.estimate import Shape
 from windquant.manifest import INSTRUCTIONS
 
 ROOT = dependencies.ROOT.parent
 HUB_SECONDS = 4.0
+BITS = 2.0
 NEEDED_GB = 5  # of memory and disk, for the default model
 GOOD, WARNING, BAD = "ok", "note", "missing"
-#: Parameters of the ready models in billions, for those that are not on this machine.
-PARAMETERS = {
-    "smollm2-135m": 0.135,
-    "gemma3-270m": 0.268,
-    "qwen3-0.6b": 0.596,
-    "llama3.2-1b": 1.24,
-    "llama3.2-3b": 3.21,
-    "llama2-7b": 6.74,
-    "mistral-7b": 7.25,
-    "llama3-8b": 8.03,
+#: The ready models of the Hub, as their config.json files describe them, for those that are not here yet.
+SHAPES = {
+    "llama2-7b": Shape(32, 4096, 11008, 4096, 4096, 32000, False),
+    "llama3-8b": Shape(32, 4096, 14336, 4096, 1024, 128256, False),
+    "llama3.2-1b": Shape(16, 2048, 8192, 2048, 512, 128256, True),
+    "llama3.2-3b": Shape(28, 3072, 8192, 3072, 1024, 128256, True),
+    "qwen3-0.6b": Shape(28, 1024, 3072, 2048, 1024, 151936, True),
+    "mistral-7b": Shape(32, 4096, 14336, 4096, 1024, 32768, False),
+    "gemma3-270m": Shape(18, 640, 2048, 1024, 256, 262144, True),
 }
 
 
@@ -83,7 +82,7 @@ def examine(folder: Path, offline: bool = False) -> Iterator[Finding]:
         finding = hub()
         reachable = finding.status == GOOD
         yield finding
-    yield from fitting(gpu or memory, disk, reachable, slow=not gpu)
+    yield from fitting(gpu or memory, disk, reachable, on_gpu=bool(gpu))
 
 
 def python() -> Finding:
@@ -122,7 +121,6 @@ def packages(lock: Path) -> Iterator[Finding]:
 
 def processor() -> Finding:
     """Cores, and the instructions that decide how fast and how rounded products are."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags: set[str] = set()
     try:
         for line in Path("/proc/cpuinfo").read_text().lower().splitlines():
@@ -133,7 +131,7 @@ def processor() -> Finding:
     found = [name for name in INSTRUCTIONS if name in flags]
     fast = bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
     speed = "native BF16: statistics, search and recovery are fast" if fast else "no native BF16: all in FP32"
-    return Finding(GOOD, "processor", f"{cores} cores, {' '.join(found) or platform.machine()}; {speed}")
+    return Finding(GOOD, "processor", f"{cores()} cores, {' '.join(found) or platform.machine()}; {speed}")
 
 
 def free_memory() -> int:
@@ -186,53 +184,43 @@ def hub() -> Finding:
     return Finding(GOOD, "Hub", f"{constants.ENDPOINT} answers; {login}")
 
 
-def fitting(room: float, disk: float, reachable: bool, slow: bool) -> Iterator[Finding]:
-    """A line per ready model: whether it fits into `room` bytes of (GPU) memory and `disk` bytes."""
-    entries = configuration.load(ROOT / "config" / "config.yaml")["models"]
-    for name, entry in entries.items():
-        here = Path("resources") / "models" / name
-        billions = parameters(here) or PARAMETERS.get(name)
-        if billions is None:
+def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator[Finding]:
+    """A line per ready model: whether 2.0 bits of it fit into `room` bytes of (GPU) memory and `disk` bytes."""
+    schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+    config = configuration.validate(configuration.load(ROOT / "config" / "config.yaml"), schema)
+    for name in config["models"]:
+        resolved = configuration.resolve(config, schema, name)
+        here = estimate.known(resolved["model"])
+        shape = here or SHAPES.get(name)
+        if shape is None:
             yield Finding(WARNING, name, "its size is known once it is here")
             continue
-        memory, space = needed_memory(billions), needed_disk(billions)
+        machine = (estimate.gpu if on_gpu else estimate.cpu)(cores())
+        wanted = estimate.needs(shape, resolved, BITS, machine, on_gpu)
+        memory, space = max(need.memory for need in wanted.values()), sum(need.disk for need in wanted.values())
+        seconds = sum(need.seconds for need in wanted.values())
         lacking = [
             text
             for text, lacks in (
-                (f"{memory:.0f} GB of memory", memory * 1e9 > room),
-                (f"{space:.0f} GB of disk", space * 1e9 > disk),
-                ("the Hub, or a local copy", entry["source"] == "hub" and not reachable and not here.exists()),
+                ("memory", memory > room),
+                ("disk", space > disk),
+                ("the Hub, or a local copy", resolved["model"]["source"] == "hub" and not reachable and not here),
             )
             if lacks
         ]
-        about = f"{billions:g} billion parameters, about {memory:.0f} GB of memory and {space:.0f} GB of disk"
-        if lacking:
-            yield Finding(WARNING, name, f"{about}; lacks {' and '.join(lacking)}")
-        else:
-            yield Finding(GOOD, name, f"fits: {about}{'; hours without a GPU' if slow and billions > 0.5 else ''}")
+        about = (
+            f"{shape.parameters / 1e9:.2f} billion parameters: about {memory / 1e9:.1f} GB of memory, "
+            f"{space / 1e9:.1f} GB of disk, {said_time(seconds)}"
+        )
+        yield Finding(
+            WARNING if lacking else GOOD, name, about + (f"; lacks {' and '.join(lacking)}" if lacking else "")
+        )
 
 
-def needed_memory(billions: float) -> float:
-    """GB: recovery holds the original in FP32, the decoded student and its activations; measured, 3.9 GB at 0.135."""
-    return 3.0 + 6.7 * billions
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def needed_disk(billions: float) -> float:
-    """GB: the original, two checkpoints, statistics and caches."""
-    return 1.0 + 5.0 * billions
-
-
-def parameters(folder: Path) -> float | None:
-    """Billions of parameters of a model that is on this machine, from the headers of its weights."""
-    from safetensors import safe_open
-
-    from windquant import models
-
-    total = 0
-    try:
-        for file in models.weight_files(folder):
-            with safe_open(file, framework="pt") as content:
-                total += sum(math.prod(content.get_slice(name).get_shape()) for name in content.keys())  # noqa: SIM118
-    except (OSError, WindquantError):
-        return None
-    return round(total / 1e9, 3)
+def said_time(seconds: float) -> str:
+    """E.g. "12 minutes", "5.5 hours"."""
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

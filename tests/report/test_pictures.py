@@ -56,7 +56,7 @@ def test_energies_stand_beside_the_widths() -> None:
     alone, both = (ElementTree.fromstring(plan_picture.draw(SOME, given)) for given in (None, energy))
     hints = [[title.text for title in root.iter(f"{SVG}title")][1:] for root in (alone, both)]
     assert hints[0][0] == "layer 0, q_proj: 2 × 1 bit"
-    assert hints[1][0] == "layer 0, q_proj: 2 × 1 bit; energy 1 to 10"
+    assert hints[1][4] == "layer 0, q_proj: energy 1 to 10"
     assert len(hints[1]) == 2 * len(hints[0]) == 8
 
 

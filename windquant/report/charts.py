@@ -274,8 +274,8 @@ def predicted(e: Experiment) -> Figure | None:
     return Figure(
         "Predicted against measured loss in the search",
         plot.picture(f"Predicted against measured loss of the plans of {e.title}", says),
-        f"{says} Hollow: the bank; full: corrected; dashed: equal. All plans are close to the best, so their spread is "
-        "small; the paper's r of 0.997 is over plans that are far apart.",
+        f"{says} Hollow: the bank; full: corrected; dashed: equal. All of them are near the best plan, so they "
+        "differ little. (The paper reports 0.997 for its proxy and the final perplexity.)",
         (make(e.inputs["plan"]),),
         (("plan", "predicted", "corrected", "measured"),
          *((p.source, f"{p.predicted:.4f}", f"{p.corrected:.4f}", f"{p.measured:.4f}") for p in pairs)),

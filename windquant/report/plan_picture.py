@@ -91,7 +91,10 @@ def draw(plan: Plan, energy: Mapping[str, Sequence[float]] | None = None) -> str
             grid.cells(1, strengths, colour),
             energy_legend(grid.start(1), grid.bottom, low, high),
         ]
-    parts += [grid.hints(panel, widths, strengths) for panel in range(grid.panels)]
+    parts += [
+        grid.hints(panel, values, describe_cell)
+        for panel, values, describe_cell in ((0, widths, count_widths), (1, strengths, span))
+    ][: grid.panels]
     used = Counter(value for rows in widths.values() for row in rows for value in row)
     parts.append(width_legend(grid.start(0), grid.bottom, used, PAPER if grid.panels == 1 else grid.start(1) - BETWEEN))
     share = f"{plan.effective_bits:.4f} of {plan.target_bits:g} bits per weight, by {plan.allocator}"
@@ -133,7 +136,7 @@ class Grid:
 
     def labels(self) -> str:
         parts = [text(LEFT - 8, TOP - 8, "layer", "soft small", "end")]
-        every = max(1, math.ceil(len(self.layers) * 11 / (self.bottom - TOP)))
+        every = math.ceil(len(self.layers) * 14 / (self.bottom - TOP)) if len(self.layers) > 12 else 1
         for layer in self.layers[::every]:
             parts.append(text(LEFT - 8, self.y(layer) + min(self.height, 11) - 1.5, str(layer), "soft small", "end"))
         for panel in range(self.panels):
@@ -167,20 +170,24 @@ class Grid:
         )
         return element("g", *shapes, element("path", d=frames, class_="frame"), shape_rendering="crispEdges")
 
-    def hints(self, panel: int, widths: Rows, strengths: Rows) -> str:
+    def hints(self, panel: int, values: Rows, say: Callable[[list[float]], str]) -> str:
         """What a pointer over a linear shows."""
         shapes = []
-        for (layer, kind), rows in widths.items():
-            counts = Counter(value for row in rows for value in row)
-            hint = f"layer {layer}, {kind}: " + ", ".join(
-                f"{n} × {label(value)}" for value, n in sorted(counts.items())
-            )
-            if strong := [value for row in strengths.get((layer, kind), []) for value in row]:
-                hint += f"; energy {min(strong):.2g} to {max(strong):.2g}"
+        for (layer, kind), rows in values.items():
+            hint = f"layer {layer}, {kind}: {say([value for row in rows for value in row])}"
             x, y = self.x(panel, kind), self.y(layer)
             size = {"width": self.columns[kind] * self.cell, "height": len(rows) * self.height}
             shapes.append(element("rect", title(hint), x=x, y=y, class_="ghost", **size))
         return "".join(shapes)
+
+
+def count_widths(values: list[float]) -> str:
+    """E.g. "8 × 1 bit, 1 × 2 bits"."""
+    return ", ".join(f"{count} × {label(value)}" for value, count in sorted(Counter(values).items()))
+
+
+def span(values: list[float]) -> str:
+    return f"energy {min(values):.2g} to {max(values):.2g}"
 
 
 def width_legend(left: float, top: float, used: Mapping[float, int], right: float) -> str:

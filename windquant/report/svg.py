@@ -29,7 +29,8 @@ svg .soft { fill: var(--soft); } svg .small { font-size: 11px; } svg .strong { f
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .axis { stroke: var(--soft); stroke-width: 1; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .thin { fill: none; stroke-width: 1.25; }
 svg .dashed { stroke-dasharray: 5 4; } svg .dotted { stroke-dasharray: 1.5 3; }
-svg .band { fill: var(--panel); } svg .mark { stroke: var(--page); stroke-width: 1; } svg .ghost { fill: transparent; }
+svg .band { fill: var(--ink); opacity: .05; } svg .mark { stroke: var(--page); stroke-width: 1; }
+svg .ghost { fill: transparent; } svg .halo { paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
 svg .frame { fill: none; stroke: var(--line); }
 svg .hollow { fill: var(--page); stroke-width: 1.75; }
 """
@@ -193,6 +194,7 @@ class Plot:
     x_log: bool = False
     y_log: bool = False
     parts: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)  # above all else
     left: float = 58.0
     top: float = 14.0
     right: float = 16.0
@@ -219,14 +221,12 @@ class Plot:
     def level(self, y: float, label: str) -> None:
         """A dashed horizontal line with its name above it."""
         place = self.sy(y)
-        self.parts.append(
-            element("path", d=f"M{shown(self.left)} {shown(place)}H{shown(self.width - self.right)}",
-                    class_="axis dashed")
-            + text(self.width - self.right - 4, place - 5, label, "soft small", "end")
-        )  # fmt: skip
+        line = f"M{shown(self.left)} {shown(place)}H{shown(self.width - self.right)}"
+        self.parts.append(element("path", d=line, class_="axis dashed"))
+        self.labels.append(text(self.width - self.right - 4, place - 5, label, "soft small halo", "end"))
 
     def label(self, x: float, y: float, content: str, dx: float = 8.0, dy: float = 4.0, anchor: str = "start") -> None:
-        self.parts.append(text(self.sx(x) + dx, self.sy(y) + dy, content, "small", anchor))
+        self.labels.append(text(self.sx(x) + dx, self.sy(y) + dy, content, "small halo", anchor))
 
     def axes(self) -> str:
         bottom, right = self.height - self.bottom, self.width - self.right
@@ -245,7 +245,9 @@ class Plot:
         return "".join(lines)
 
     def picture(self, name: str, description: str) -> str:
-        return picture(self.width, self.height, self.axes(), *self.parts, name=name, description=description)
+        return picture(
+            self.width, self.height, self.axes(), *self.parts, *self.labels, name=name, description=description
+        )
 
 
 def tick(value: float) -> str:
