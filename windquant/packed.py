@@ -82,7 +82,7 @@ class Layout:
         result: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "actions": ((chunks,), torch.uint8),
             "codes": (
-                (sum(_code_bytes(entry, rows, width) for entry, width in zip(self.actions, self.widths, strict=True)),),
+                (sum(code_bytes(entry, rows, width) for entry, width in zip(self.actions, self.widths, strict=True)),),
                 torch.uint8,
             ),
             "scales": ((with_scale, stream_bytes(rows, (SCALE_BITS, SCALE_BITS))), torch.uint8),
@@ -108,14 +108,14 @@ def tensor_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> i
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
 
 
-def _code_bytes(entry: Treatment, rows: int, width: int) -> int:
+def code_bytes(entry: Treatment, rows: int, width: int) -> int:
     return width * stream_bytes(rows * 2 if entry.name == "skip" else rows, entry.pattern)
 
 
 def unit_bytes(entry: Treatment, rows: int, width: int) -> int:
     """Bytes that a chunk of `width` columns takes under an action: codes, scales, offsets."""
     scales = stream_bytes(rows, (SCALE_BITS, SCALE_BITS)) if entry.has_scale else 0
-    return _code_bytes(entry, rows, width) + scales + (rows if entry.has_offset else 0)
+    return code_bytes(entry, rows, width) + scales + (rows if entry.has_offset else 0)
 
 
 def fixed_bytes(linear: Linear, form: Format) -> int:
@@ -252,7 +252,7 @@ def segments(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[li
         chunks = list(run)
         count = len(chunks)
         entry = layout.actions[chunks[0]]
-        size = _code_bytes(entry, rows, width) * count
+        size = code_bytes(entry, rows, width) * count
         values = entry.unscaled(tensors["codes"][place : place + size].view(count * width, -1), rows)
         values = values.view(rows, count, width)
         place += size

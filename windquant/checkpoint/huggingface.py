@@ -18,9 +18,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from windquant.checkpoint import description
 from windquant.checkpoint.description import METHOD
 from windquant.checkpoint.files import check, check_plan, stored, unpacked_order
+from windquant.checkpoint.fused import Fused
 from windquant.checkpoint.linear import PackedLinear
 from windquant.errors import WindquantError
 from windquant.plan import Plan
+
+DTYPES = tuple(description.DTYPES.values())  # that a packed model is loaded in
 
 
 class WindquantConfig(QuantizationConfigMixin):
@@ -77,6 +80,11 @@ class WindquantQuantizer(HfQuantizer):
                     f"{folder or METHOD}: {name} of {type(model).__name__} is no linear of {shape[0]} x {shape[1]}, as "
                     "quantization_config has it; config.json does not belong to these weights"
                 )
+            if linear.weight.dtype not in DTYPES:
+                raise WindquantError(
+                    f"{folder or METHOD}: dtype {linear.weight.dtype} is not supported; load it in "
+                    "float16, bfloat16 or float32"
+                )
             packed = PackedLinear(layout, linear.bias is not None, linear.weight.dtype, linear.weight.device)
             setattr(parent, layout.linear.kind, packed)
         return model
@@ -96,10 +104,12 @@ class WindquantQuantizer(HfQuantizer):
             for name, module in packed.items()
             if module.layout.owner
         }
+        layouts = [module.layout for module in packed.values()]
+        groups = {name: Fused(layouts) for name in orders}
         for module in packed.values():
-            module.connect(orders[module.layout.linear.group].to(module.get_buffer("codes").device))
-            if not self.quantization_config.low_memory:
-                module.materialize()
+            group = module.layout.linear.group
+            order = orders[group].to(module.get_buffer("codes").device)
+            module.connect(order, groups[group], self.quantization_config.low_memory)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

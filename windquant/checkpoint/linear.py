@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from windquant import kernels
+from windquant.checkpoint.fused import Fused
 from windquant.packed import Layout, dequantize
 
 
@@ -13,8 +15,8 @@ class PackedLinear(nn.Module):
     """Stands where an `nn.Linear` of the original model stood.
 
     The stored tensors are buffers named as in `Layout.shapes`, and keep their dtypes and bits whatever the model is
-    cast to. After loading, `connect` hands the column order over; `materialize` decodes the weight once, else every
-    call decodes it anew and lets go of it.
+    cast to. After loading, `connect` hands the column order over. Where Triton's kernels run, a call reads the packed
+    tensors themselves (fused.py); elsewhere the weight is decoded once, or at every call where `low_memory` is set.
     """
 
     bias: nn.Parameter | None
@@ -30,17 +32,30 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(rows, requires_grad=False) if bias else None)
         self.register_buffer("column_order", None, persistent=False)  # int64 [columns], shared by the group
         self.register_buffer("dense", None, persistent=False)  # [rows, columns]
+        self.fused: Fused | None = None
+        self.low_memory = False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: self.get_buffer(name) for name in self.layout.shapes()}
 
-    def connect(self, order: Tensor) -> None:
-        self.column_order = order
+    def connect(self, order: Tensor, fused: "Fused", low_memory: bool) -> None:
+        """Take the column order, int64 [columns], and what is shared by all linears of the group; then be ready."""
+        self.column_order, self.fused, self.low_memory = order, fused, low_memory
+        fused.add(self)
+        self._settle()
 
-    def materialize(self) -> None:
-        self.dense = self._decode()
+    def _settle(self) -> None:
+        """Hold a decoded weight if, and only if, it is needed where the tensors are now."""
+        if self.fused is None or self.get_buffer("codes").is_meta:
+            return
+        device = self.get_buffer("codes").device
+        kernels.check(device)
+        if self.low_memory or kernels.serve(device, self.dtype):
+            self.dense = None
+        elif self.dense is None:
+            self.dense = self._decode()
 
     def _decode(self) -> Tensor:
         return dequantize(self.layout, self.tensors, self.get_buffer("column_order")).to(self.dtype)
@@ -51,6 +66,10 @@ class PackedLinear(nn.Module):
         return self._decode() if self.dense is None else self.get_buffer("dense")
 
     def forward(self, x: Tensor) -> Tensor:
+        differentiable = torch.is_grad_enabled() and x.requires_grad  # which the kernels are not
+        packed = self.dense is None and x.dtype == self.dtype and kernels.serve(x.device, x.dtype)
+        if packed and self.fused is not None and not differentiable:
+            return self.fused(self, x)
         return functional.linear(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
@@ -62,6 +81,9 @@ class PackedLinear(nn.Module):
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["actions"].device)).dtype
+        if self.fused is not None:
+            self.fused.forget()
+        self._settle()
         return self
 
     def extra_repr(self) -> str:

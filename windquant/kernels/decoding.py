@@ -1,0 +1,239 @@
+"""What all kernels share: from packed bytes to levels, on tiles [16, columns, groups] of a weight.
+
+A *group* is 16 rows of one column: 2, 3, 4, 6, 8, 16 or 32 whole bytes at 1, 1.5, 2, 3, 4, 8 or 16 bits. Triton deals a
+tile out to the threads from the last dimension on, so that a thread holds whole groups: the 16 rows lie in its
+registers and every shift and mask below is a constant of the compiled kernel. With 32 groups a warp, sums over columns
+need no other thread either.
+
+Codes of k bits become floats without a conversion: put into the top of the mantissa of 1.0, a code c reads 1 + c / 2^k.
+The `ONE` that it carries along is taken off once per chunk, by the sum of the activations, not once per weight.
+"""
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(16)
+ACTIONS = tl.constexpr(13)  # those of docs/format.md by number, and the protected columns behind them
+TERNARY = tl.constexpr(2)
+SCALAR_8 = tl.constexpr(10)
+SKIP = tl.constexpr(11)
+PROTECTED = tl.constexpr(12)
+MANTISSA_ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
+
+
+@triton.constexpr_function
+def unsigned(size):
+    """The type of numbers of so many bytes."""
+    return {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[size]
+
+
+@triton.jit
+def load_bytes(base, left, columns, COUNT: tl.constexpr, ALIGN: tl.constexpr):
+    """COUNT (at most 8) bytes from every address on as a little-endian number, uint64; 0 from `left` bytes on."""
+    STEP: tl.constexpr = min(ALIGN, COUNT & -COUNT)
+    pointers = base.to(tl.pointer_type(unsigned(STEP)), bitcast=True)
+    result = tl.load(pointers, mask=columns & (left > 0), other=0).to(tl.uint64)
+    for place in tl.static_range(1, COUNT // STEP):
+        piece = tl.load(pointers + place, mask=columns & (left > place * STEP), other=0)
+        result |= piece.to(tl.uint64) << (8 * STEP * place)
+    return result
+
+
+@triton.constexpr_function
+def pair_bits(ACTION):
+    """Bits that two rows take together: 2, 3, 4, 6 or 8 for the actions 0 to 9."""
+    half = ACTION // 2
+    return half + 2 if half < 3 else 2 * half
+
+
+@triton.jit
+def stride_of(rows, ACTION: tl.constexpr):
+    """Bytes of one column of `rows` codes (`storage.stream_bytes`)."""
+    if ACTION == TERNARY:
+        return (rows + 4) // 5
+    elif ACTION == SKIP:
+        return 2 * rows
+    elif ACTION >= SCALAR_8:
+        return rows
+    else:
+        PAIR: tl.constexpr = pair_bits(ACTION)
+        return ((rows + 1) // 2 * (PAIR // 2) + rows // 2 * (PAIR - PAIR // 2) + 7) // 8
+
+
+@triton.jit
+def ends(slot, ACTION: tl.constexpr):
+    """The bit of a group behind the code of every row of it."""
+    PAIR: tl.constexpr = pair_bits(ACTION)
+    return slot // 2 * PAIR + PAIR // 2 + (slot & 1) * (PAIR - PAIR // 2)
+
+
+@triton.jit
+def restart_mask(row, tile, ACTION: tl.constexpr, WINDOW: tl.constexpr):
+    """What of four times a trellis state at every row belongs to its own stream, begun at a multiple of `tile` rows."""
+    place = row % tile  # tiles are even: a row has the parity of its place
+    bits = tl.minimum(ends(place, ACTION), WINDOW)
+    return ((1 << WINDOW) - (1 << (WINDOW - bits))) * 4
+
+
+@triton.jit
+def byte_of(low, high, slot):
+    """Byte `slot` of the 16 in two uint64, int32."""
+    return ((tl.where(slot < 8, low, high) >> (8 * (slot % 8)).to(tl.uint64)) & 255).to(tl.int32)
+
+
+@triton.jit
+def in_mantissa(code, one, BITS: tl.constexpr):
+    """Codes of BITS bits as 1 + code / 2^BITS, exactly. one: the bits of 1.0, int32.
+
+    Where it counts, `one` is an argument of the kernel: with a constant, `and` and `or` would not fit one instruction.
+    """
+    return ((code << (23 - BITS)) | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def factors(slot, ACTION: tl.constexpr):
+    """What `levels` has divided the codes of every row of a group by, float32 [16]."""
+    if ACTION == TERNARY:
+        return tl.full(slot.shape, 4.0, tl.float32)
+    elif ACTION >= SKIP:
+        return tl.full(slot.shape, 256.0 if ACTION == PROTECTED else 1.0, tl.float32)
+    elif ACTION == SCALAR_8:
+        return tl.full(slot.shape, 256.0, tl.float32)
+    elif is_trellis(ACTION):
+        return tl.full(slot.shape, 1.0, tl.float32)
+    elif ACTION == 6:
+        return tl.full(slot.shape, 8.0, tl.float32)
+    else:
+        BITS: tl.constexpr = pair_bits(ACTION) // 2
+        exponent = 8 - (BITS * slot) % 8  # 23 - the lowest bit of the code in the mantissa
+        return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def is_trellis(ACTION):
+    """Whether the action is a trellis, and so rotated and without an offset."""
+    return ACTION % 2 == 1 and ACTION <= 9
+
+
+@triton.constexpr_function
+def has_offset(ACTION):
+    """Whether every row of a chunk has an offset."""
+    return ACTION in (0, 4, 6, 8)
+
+
+@triton.constexpr_function
+def has_one(ACTION):
+    """Whether the floats of `levels` carry a 1 along."""
+    return not is_trellis(ACTION) and ACTION != 11
+
+
+@triton.constexpr_function
+def middle(ACTION):
+    """The code that stands for 0."""
+    special = {2: 1.0, 10: 127.5, 11: 0.0, 12: 128.0}
+    if ACTION in special:
+        return special[ACTION]
+    return 0.0 if is_trellis(ACTION) else (2 ** (pair_bits(ACTION) // 2) - 1) / 2.0
+
+
+@triton.jit
+def levels(
+    base, columns, group, stride, restart, table, one,
+    ACTION: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """The rows of every group, float32 [16, columns, groups]: the code divided by `factors`, plus 1 where `has_one`.
+
+    base: uint8 pointers [columns] at the beginning of a column; columns: which of them count, bool (others read as 0);
+    group: int [groups]; stride: bytes of a column; restart: `restart_mask` [16, groups]; table: float32 [2^WINDOW];
+    STORED: dtype of skipped weights.
+    """
+    slot = tl.arange(0, GROUP)[:, None, None]
+    keep = columns[:, None] & (group[None, :] >= 0)
+    if ACTION == TERNARY:
+        row = group[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
+        inside = columns[None, :, None] & (row // 5 < stride)[:, None, :]
+        byte = tl.load(base[None, :, None] + (row // 5)[:, None, :], mask=inside, other=0).to(tl.int32)
+        place = row % 5
+        # The digit is the first one behind the point of byte / 3^(place + 1) in base 3.
+        inverse = tl.where(  # 2^16 / 3^(place + 1), rounded up
+            place == 0, 21846, tl.where(place == 1, 7282, tl.where(place == 2, 2428, tl.where(place == 3, 810, 270)))
+        )
+        fraction = (byte * inverse[:, None, :]) & 0xFFFF
+        return in_mantissa((fraction * 3) >> 16, one, 2)
+    elif ACTION == SKIP:
+        start = 32 * group[None, :]
+        address = base[:, None] + start
+        first = load_bytes(address, stride - start, keep, 8, ALIGN)[None]
+        second = load_bytes(address + 8, stride - start - 8, keep, 8, ALIGN)[None]
+        third = load_bytes(address + 16, stride - start - 16, keep, 8, ALIGN)[None]
+        fourth = load_bytes(address + 24, stride - start - 24, keep, 8, ALIGN)[None]
+        word = tl.where(slot < 4, first, tl.where(slot < 8, second, tl.where(slot < 12, third, fourth)))
+        bits = (word >> (16 * (slot % 4)).to(tl.uint64)).to(tl.uint16)
+        return bits.to(STORED, bitcast=True).to(tl.float32)
+    elif ACTION >= SCALAR_8:
+        start = 16 * group[None, :]
+        address = base[:, None] + start
+        low = load_bytes(address, stride - start, keep, 8, ALIGN)[None]
+        high = load_bytes(address + 8, stride - start - 8, keep, 8, ALIGN)[None]
+        code = byte_of(low, high, slot)
+        return in_mantissa(code ^ 128 if ACTION == PROTECTED else code, one, 8)
+    else:
+        PAIR: tl.constexpr = pair_bits(ACTION)
+        start = PAIR * group[None, :]  # 8 pairs of rows: as many bytes as a pair has bits
+        address = base[:, None] + start
+        stream = load_bytes(address, stride - start, keep, PAIR, ALIGN)[None]
+        if is_trellis(ACTION):  # a state is the last WINDOW bits of the stream
+            even: tl.constexpr = ALIGN if PAIR % 2 == 0 else 1  # a group of three bytes may begin at an odd one
+            earlier = load_bytes(address - 2, stride - start + 2, keep & (group[None, :] > 0), 2, even)[None]
+            end = ends(slot, ACTION)
+            recent = (stream << 16) | earlier
+            near = recent >> (end + 14 - WINDOW).to(tl.uint64)  # four times the state: its address in the table
+            far = stream >> tl.maximum(end - 2 - WINDOW, 0).to(tl.uint64)
+            place = tl.where(end <= 48, near, far).to(tl.uint32) & restart[:, None, :].to(tl.uint32)
+            bytewise = table.to(tl.pointer_type(tl.uint8), bitcast=True) + place
+            return tl.load(bytewise.to(tl.pointer_type(tl.float32), bitcast=True))
+        elif ACTION == 6:
+            return in_mantissa((stream >> (3 * slot).to(tl.uint64)).to(tl.int32) & 7, one, 3)
+        else:
+            # Eight bits at a time go to the top of the mantissa; each code is left where it lies among them.
+            BITS: tl.constexpr = PAIR // 2
+            byte = BITS * slot // 8
+            half = tl.where(byte < 4, stream, stream >> 32).to(tl.int32)
+            place = 8 * (byte % 4)
+            eight = tl.where(place < 15, half << tl.maximum(15 - place, 0), half >> tl.maximum(place - 15, 0))
+            mask = ((1 << BITS) - 1) << (15 + BITS * slot % 8)
+            return ((eight & mask) | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_logs(row_scales, grid, group, rows, ALIGN: tl.constexpr):
+    """base + row / 16 of the scales' logarithms, float32 [16, groups]."""
+    slot = tl.arange(0, GROUP)[:, None]
+    start = 16 * group
+    keep = start < rows
+    low = load_bytes(row_scales + start, rows - start, keep, 8, ALIGN)[None]
+    high = load_bytes(row_scales + start + 8, rows - start - 8, keep, 8, ALIGN)[None]
+    return tl.load(grid).to(tl.float32) + byte_of(low, high, slot).to(tl.float32) / 16
+
+
+@triton.jit
+def chunk_scale(scales, share, grid, logs, group, rows, ALIGN: tl.constexpr):
+    """Scale of every row for one chunk, float32 [16, groups]. scales: pointer to its 4-bit codes; share: its share."""
+    slot = tl.arange(0, GROUP)[:, None]
+    start = 8 * group
+    size = (rows + 1) // 2
+    packed = load_bytes(scales + start, size - start, start < size, 8, ALIGN)[None]
+    code = (packed >> (4 * slot).to(tl.uint64)).to(tl.int32) & 15
+    step = tl.load(grid + 1).to(tl.float32)
+    return tl.exp2(logs + share + step * (in_mantissa(code, MANTISSA_ONE, 4) * 16 - 23.5))
+
+
+@triton.jit
+def chunk_offset(offsets, group, rows, ACTION: tl.constexpr, ALIGN: tl.constexpr):
+    """Offset of every row for one chunk in units of its scale, float32 [16, groups]."""
+    slot = tl.arange(0, GROUP)[:, None]
+    start = 16 * group
+    low = load_bytes(offsets + start, rows - start, start < rows, 8, ALIGN)[None]
+    high = load_bytes(offsets + start + 8, rows - start - 8, start < rows, 8, ALIGN)[None]
+    signed = in_mantissa(byte_of(low, high, slot) ^ 128, MANTISSA_ONE, 8) * 256 - 384
+    return signed * ((1 << (pair_bits(ACTION) // 2)) / 256.0)

@@ -1,0 +1,102 @@
+"""Decode a packed linear into a dense weight: tiles of codes, rotated back on the way by the tensor cores.
+
+Columns stay in column order, so that rows are written in one piece; the caller gathers weight or activations.
+"""
+
+import triton
+import triton.language as tl
+
+from windquant.kernels.decoding import (
+    ACTIONS,
+    GROUP,
+    PROTECTED,
+    SKIP,
+    chunk_offset,
+    chunk_scale,
+    factors,
+    has_offset,
+    has_one,
+    is_trellis,
+    levels,
+    middle,
+    restart_mask,
+    row_logs,
+    stride_of,
+)
+from windquant.kernels.product import (
+    CHUNK,
+    CHUNK_SCALES,
+    CODES,
+    COLUMN,
+    GRID,
+    OFFSET,
+    OFFSETS,
+    ROW_SCALES,
+    ROWS,
+    SCALE,
+    SCALES,
+    SHIELDED,
+    SHIELDED_SCALES,
+    START,
+    TILE,
+    UNIT,
+    WIDTH,
+    address,
+)
+
+
+@triton.jit
+def decode(
+    linear, units, actions, table, one, rotations, out, columns,
+    PRESENT: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr, SIZE: tl.constexpr,
+    SIDE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """One unit and 16 GROUPS rows of the weight, out [rows, columns] in column order.
+
+    linear, units: as in product.py; actions: of every unit; rotations: as in `prepare`.
+    """
+    unit = tl.program_id(0)
+    entry = units + unit * UNIT
+    rows = tl.load(linear + ROWS).to(tl.int32)
+    start, width = tl.load(entry + START), tl.load(entry + WIDTH).to(tl.int32)
+    slot = tl.arange(0, GROUP)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    row = group[None, :] * GROUP + slot[:, None]
+    place = tl.arange(0, SIDE)
+    inside = place < width
+    grid = address(linear, GRID, tl.float16)
+    logs = row_logs(address(linear, ROW_SCALES, tl.uint8), grid, group, rows, ALIGN)
+    chosen = tl.load(actions + unit)
+    values = tl.zeros((GROUP * GROUPS, SIDE), tl.float32)
+    for action in tl.static_range(ACTIONS):
+        if (PRESENT >> action) & 1:  # noqa: SIM102 (the compiler decides this one, the kernel the next)
+            if chosen == action:
+                stride = stride_of(rows, action)
+                restart = tl.zeros((GROUP, GROUPS), tl.int32)
+                if is_trellis(action):
+                    restart = restart_mask(row, tl.load(linear + TILE).to(tl.int32), action, WINDOW)
+                base = address(linear, SHIELDED if action == PROTECTED else CODES, tl.uint8) + start
+                base += place.to(tl.int64) * stride
+                found = levels(base, inside, group, stride, restart, table, one, action, ALIGN, WINDOW, STORED)
+                if has_one(action):
+                    found = (found - 1) * factors(slot, action)[:, None, None] - middle(action)
+                if has_offset(action):
+                    offsets = address(linear, OFFSETS, tl.uint8) + tl.load(entry + OFFSET) * rows
+                    found += chunk_offset(offsets, group, rows, action, ALIGN)[:, None, :]
+                if action == PROTECTED:
+                    shares = address(linear, SHIELDED_SCALES, tl.float16) + tl.load(entry + COLUMN) + place
+                    found *= tl.load(shares, mask=inside, other=0).to(tl.float32)[None, :, None]
+                elif action < SKIP:
+                    share = tl.load(address(linear, CHUNK_SCALES, tl.float16) + tl.load(entry + CHUNK)).to(tl.float32)
+                    packed = address(linear, SCALES, tl.uint8) + tl.load(entry + SCALE) * ((rows + 1) // 2)
+                    found *= chunk_scale(packed, share, grid, logs, group, rows, ALIGN)[:, None, :]
+                values = tl.reshape(tl.permute(found, (0, 2, 1)), (GROUP * GROUPS, SIDE))
+                if is_trellis(action):
+                    short = (width < SIZE).to(tl.int32)
+                    # W = W' R^T: column j of R^T is row j of R
+                    square = rotations + short * SIDE * SIDE + place[None, :] * SIDE + place[:, None]
+                    keep = tl.where(inside[None, :], values, 0.0)
+                    values = tl.dot(keep, tl.load(square), input_precision="tf32x3")
+    flat = tl.reshape(row, (GROUP * GROUPS,))
+    target = out + flat[:, None].to(tl.int64) * columns + tl.load(entry + COLUMN) + place[None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=(flat < rows)[:, None] & inside[None, :])
