@@ -17,6 +17,7 @@ COMMANDS = {  # name: module, what it does
     "sync": ("windquant.sender", "send the runs that the MLflow store has not got yet"),
     "estimate": ("windquant.estimate", "time, memory and disk that a result will take, step by step"),
     "generate": ("windquant.checkpoint.generation", "continue a text with a model, token by token"),
+    "publish": ("windquant.checkpoint.publishing", "upload a packed checkpoint to the Hugging Face Hub, with its card"),
     "push": ("windquant.reproduce.push", "send data/ and the results to the DVC remote"),
     "pull": ("windquant.reproduce.pull", "get them, and the models they were made from"),
     "verify": ("windquant.reproduce.verify", "make results again from the configuration and compare"),

@@ -3,7 +3,7 @@
     python -m benchmarks.kernels --output benchmarks/kernels/h200.json
     python -m benchmarks.kernels.draw benchmarks/kernels/h200.json docs/kernels.svg
 
-Needs torch, triton, numpy, safetensors and this checkout; weights are random, made in packed form. --tiny runs all of it
+Needs torch, triton, numpy, safetensors and this checkout; weights are random, made in packed form. --tiny runs it all
 on small shapes, also without a GPU (TRITON_INTERPRET=1): its times mean nothing.
 """
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoint.making import Made
-from windquant import checkpoint, models
+from windquant import checkpoint, kernels, models
 from windquant.errors import WindquantError
 
 Copied = Callable[[], Path]
@@ -196,3 +196,16 @@ def test_original_model(whole: Made) -> None:
 def test_disk_offload(whole: Made) -> None:
     with pytest.raises(WindquantError, match="device_map"):
         AutoModelForCausalLM.from_pretrained(whole.folder, device_map={"": "disk"}, offload_folder="unused")
+
+
+def test_unsupported_dtype(whole: Made) -> None:
+    with pytest.raises(WindquantError, match=r"float64 is not supported; load it in float16"):
+        AutoModelForCausalLM.from_pretrained(whole.folder, dtype=torch.float64)
+
+
+def test_unsupported_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(WindquantError, match=r"Tesla T4: compute capability 7\.5, packed checkpoints need 8\.0"):
+        kernels.check(torch.device("cuda"))
+    kernels.check(torch.device("cpu"))

@@ -179,6 +179,23 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
 
 
+def test_pipeline_and_lm_eval(whole: Made) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer, pipeline
+
+    made = pipeline("text-generation", model=str(whole.folder), dtype=torch.float32)
+    text = made("w7 w9", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+    assert text.startswith("w7 w9 w")
+    model = load(whole.folder, dtype=torch.float32)
+    harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(whole.folder), batch_size=1)
+    request = Instance("loglikelihood", {}, ("w7 w9", " w3 w5"), 0)
+    ((found, _),) = harness.loglikelihood([request], disable_tqdm=True)
+    with torch.no_grad():
+        scores = whole.model(torch.tensor([[7, 9, 3]])).logits[0].log_softmax(-1)
+    assert found == pytest.approx((scores[1, 3] + scores[2, 5]).item(), abs=1e-3)
+
+
 def test_device_map(whole: Made) -> None:
     model = load(whole.folder, dtype=torch.float32, device_map="auto")
     device = next(model.parameters()).device

@@ -1,6 +1,7 @@
 """The model card of a packed checkpoint."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from windquant.packed import Layout
 from windquant.plan import Plan
@@ -18,10 +19,38 @@ def shares(layouts: Mapping[str, Layout]) -> dict[str, float]:
     return {name: count / total for name, count in counts.items() if count}
 
 
+def command(plan: Plan) -> str:
+    """The workflow's command that makes the checkpoint and its result."""
+    name = f"{plan.model}_{float(plan.target_bits)}bits"
+    suffix = "" if plan.allocator == "ppo" else f".{plan.allocator}"
+    return f"snakemake --cores all results/{name}{suffix}.json"
+
+
+def quality(result: Mapping[str, Any]) -> str:
+    """What a result of the workflow says of perplexity and zero-shot accuracy, as a section of the card."""
+    lines = ["", "## Quality", "", "| | original | quantized |", "|---|---|---|"]
+    for data, found in result["perplexity"].items():
+        lines.append(f"| perplexity, {data} | {found['original']:.2f} | {found['quantized']:.2f} |")
+    for task, found in result["zero_shot"].items():
+        lines.append(
+            f"| accuracy, {task} ({found['samples']} samples) | {found['original']:.3f} | {found['quantized']:.3f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
 def card(
-    plan: Plan, layouts: Mapping[str, Layout], effective_bits: float, checkpoint_bits: float, measured_bytes: int
+    plan: Plan,
+    layouts: Mapping[str, Layout],
+    effective_bits: float,
+    checkpoint_bits: float,
+    measured_bytes: int,
+    result: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md of the checkpoint."""
+    """README.md of the checkpoint; with the result of its evaluation also what that found, and the command.
+
+    A checkpoint is written before it is evaluated, so that its own card has no `result` yet.
+    """
+    evaluated = "" if result is None else f"{quality(result)}\n## How it was made\n\n    {command(plan)}\n"
     form = next(iter(layouts.values())).format
     rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in shares(layouts).items())
     return f"""---
@@ -53,7 +82,7 @@ Share of the quantized weights per action (`protected`: the most salient columns
 {rows}
 
 The whole plan is in `plan.json`; `python -m windquant inspect .` prints it per layer.
-
+{evaluated}
 ## Use
 
 ```python

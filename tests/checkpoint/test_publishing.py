@@ -1,0 +1,71 @@
+"""What goes to the Hub: the checkpoint as it is, with a card that says how good it is and how it was made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.checkpoint.making import Made
+from windquant.__main__ import main
+
+
+def result_of(made: Made, folder: Path, **changes: Any) -> Path:
+    path = folder / "result.json"
+    found = {
+        "model": made.plan.model,
+        "allocator": made.plan.allocator,
+        "effective_bits": made.measured.effective_bits,
+        "perplexity": {"wikipedia": {"original": 19.0, "before_recovery": 41.0, "quantized": 31.69}},
+        "zero_shot": {"cloze": {"original": 0.567, "quantized": 0.48, "stderr": 0.04, "samples": 150}},
+    }
+    path.write_text(json.dumps(found | changes))
+    return path
+
+
+def test_the_folder_for_the_hub(whole: Made, tmp_path: Path) -> None:
+    target = tmp_path / "hub"
+    result = result_of(whole, tmp_path)
+    assert main(["publish", str(whole.folder), "user/name", "--result", str(result), "--folder", str(target)]) == 0
+    card = (target / "README.md").read_text()
+    for words in (
+        f"effective bits (all stored tensors of the quantized linears) | {whole.measured.effective_bits:.4f}",
+        "perplexity, wikipedia | 19.00 | 31.69",
+        "accuracy, cloze (150 samples) | 0.567 | 0.480",
+        "snakemake --cores all results/llama_16.0bits.random.json",
+        "trellis-2",
+    ):
+        assert words in card
+    assert "Quality" not in (whole.folder / "README.md").read_text(), "the checkpoint itself stays as it is"
+    for name in ("model.safetensors", "plan.json", "config.json", "tokenizer.json"):
+        assert (target / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(target).num_parameters() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"allocator": "greedy"}, "give its own result"), ({"effective_bits": 2.0}, "give its own result")],
+)
+def test_another_result_is_refused(
+    whole: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], word: str
+) -> None:
+    result = result_of(whole, tmp_path, **changes)
+    arguments = ["publish", str(whole.folder), "user/name", "--result", str(result), "--folder", str(tmp_path / "hub")]
+    assert main(arguments) == 2
+    assert word in capsys.readouterr().err
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_what_is_no_result(whole: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    result = tmp_path / "result.json"
+    result.write_text(text)
+    assert main(["publish", str(whole.folder), "user/name", "--result", str(result)]) == 2
+    assert "result.json" in capsys.readouterr().err
+
+
+def test_without_the_hub(whole: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(whole, tmp_path)
+    assert main(["publish", str(whole.folder), "user/name", "--result", str(result)]) == 2  # the tests are offline
+    assert "user/name: the Hub does not take it" in capsys.readouterr().err
