@@ -186,7 +186,7 @@ def test_pipeline_and_lm_eval(whole: Made) -> None:
 
     made = pipeline("text-generation", model=str(whole.folder), dtype=torch.float32)
     text = made("w7 w9", max_new_tokens=3, do_sample=False)[0]["generated_text"]
-    assert text.startswith("w7 w9 w")
+    assert text.startswith("w7 w9w")
     model = load(whole.folder, dtype=torch.float32)
     harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(whole.folder), batch_size=1)
     request = Instance("loglikelihood", {}, ("w7 w9", " w3 w5"), 0)

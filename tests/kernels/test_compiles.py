@@ -13,7 +13,7 @@ from windquant.kernels import dequantize, product, quantize
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
-SHARED = {"ALIGN": 8, "WINDOW": 12, "STORED": tl.float16, "SIZE": 64}
+SHARED = {"ALIGN": 8, "WINDOW": 12, "STORED": tl.float16}
 TABLES = {
     "tasks": "*i64", "linears": "*i64", "linear": "*i64", "units": "*i64", "actions": "*i64", "blocks": "*i64",
     "splits": "*i64", "table": "*fp32", "one": "i32", "partial": "*fp32", "rotations": "*fp32", "order": "*i32",
@@ -39,8 +39,8 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
         f"product, {name}": (product.product, TABLES | {"prepared": "*fp32"}, ONE | {"PRESENT": present})
         for name, present in REST.items()
     },
-    "reduce": (product.reduce, TABLES, {"BLOCK": 256}),
-    "decode": (dequantize.decode, TABLES, SHARED | {"SIDE": 64, "GROUPS": 8, "PRESENT": MIXED}),
+    "reduce": (product.reduce, TABLES, {"DEPTH": 64, "BLOCK": 32}),
+    "decode": (dequantize.decode, TABLES, SHARED | {"SIZE": 64, "SIDE": 64, "GROUPS": 8, "PRESENT": MIXED}),
     "fit": (
         quantize.fit, CHUNK, {"LEVELS": 4, "OFFSET": True, "CLIPS": 12, "ROUNDS": 2, "SIDE": 64, "BLOCK": 16}
     ),

@@ -48,6 +48,25 @@ def test_generate_steps_through_the_kernels(made: Made, model: Any, device: torc
     assert (found == expected).float().mean() > 0.8  # random logits lie close together
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_cuda_graph_steps_on_new_inputs(model: Any, device: torch.device) -> None:
+    static = model.generate(
+        IDS[:1].to(device), max_new_tokens=8, do_sample=False, pad_token_id=0, cache_implementation="static"
+    )
+    eager = model.generate(IDS[:1].to(device), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(static, eager)
+    module = packed(model)[0]
+    x = torch.randn(1, module.in_features, device=device, dtype=torch.float16)
+    with torch.no_grad():
+        module(x)  # compiles, and makes the tables
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = module(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(y, module(x.clone()), rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_the_products_of_a_group_wait_only_for_the_same_input(model: Any, device: torch.device) -> None:
     attention = model.model.layers[0].self_attn

@@ -62,8 +62,7 @@ def test_every_action(name: str, batch: int, generator: torch.Generator, device:
     check([layout_of(48, 40, form(16, 0.0), [name])], batch, torch.bfloat16, generator, device)
 
 
-@pytest.mark.parametrize("batch", [1, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "dtype"), [(1, torch.bfloat16), (1, torch.float16), (16, torch.float16)])
 @pytest.mark.parametrize(("rows", "columns", "chunk"), [(33, 41, 7), (64, 97, 32), (1, 5, 3)])
 def test_any_shape(
     rows: int,
@@ -109,9 +108,10 @@ def test_the_same_bits_twice_and_nan_passes_on(batch: int, generator: torch.Gene
         assert torch.equal(found[1:], first[1:])
 
 
-def test_units_cover_the_codes() -> None:
+@pytest.mark.parametrize("most", [16, 5])
+def test_units_cover_the_columns(most: int) -> None:
     layout = layout_of(100, 333, form(16, 0.1), NAMES)
-    found = units(layout)
+    found = units(layout, most)
     assert [unit.action for unit in found] == sorted(unit.action for unit in found)
     columns = sorted(place for unit in found for place in range(unit.column, unit.column + unit.width))
     assert columns == list(range(333))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from math import gcd
+from operator import mul
 
 import torch
 import triton
@@ -24,7 +25,8 @@ GROUP: int = decoding.GROUP.value
 BATCH: int = product.BATCH.value  # most activations of one launch
 TILE = next(entry.tile for entry in actions().values() if isinstance(entry, Trellis))
 WARPS = 16  # of a multiprocessor, in one wave: as many as 128 registers a thread allow
-REDUCED = 256  # rows of a program of `reduce`
+REDUCED, DEPTH = 32, 64  # rows of a program of `reduce`, and splits at a time
+SMALLEST = 16  # columns of a part of a chunk
 DECODED = 8  # groups of a program of `decode`
 STEP = (32, 8)  # columns at a time: of several activations, of one
 
@@ -34,7 +36,7 @@ STORED = {torch.float16: triton.language.float16, torch.bfloat16: triton.languag
 
 @dataclass(frozen=True)
 class Unit:
-    """A chunk, or up to as many protected columns, as the kernels read it."""
+    """A chunk, a part of one, or some protected columns, as the kernels read them."""
 
     action: int
     start: int  # first byte in `codes`, or in `protected`
@@ -46,22 +48,28 @@ class Unit:
     cost: int  # of reading it: bytes, and a quarter for every weight, since decoding takes its time too
 
 
-def units(layout: Layout) -> list[Unit]:
-    """In storage order, which is the order of the actions; the protected columns last."""
+def units(layout: Layout, most: int) -> list[Unit]:
+    """In storage order, which is the order of the actions, the protected columns last; of at most so many columns each.
+
+    A part of a chunk has the scales and offsets of the whole: its share of the product is scaled all the same.
+    """
     rows = layout.linear.rows
     result = []
     start = scale = offset = 0
     for chunk in layout.storage_order:
         entry, width = layout.actions[chunk], layout.widths[chunk]
-        size = code_bytes(entry, rows, width)
         column = layout.protected + layout.starts[chunk]
-        result.append(Unit(IDS[entry.name], start, width, column, scale, offset, chunk, cost=size + rows * width // 4))
-        start += size
+        size = code_bytes(entry, rows, 1)
+        for first in range(0, width, most):
+            part = min(most, width - first)
+            place, cost = start + first * size, part * (size + rows // 4)
+            result.append(Unit(IDS[entry.name], place, part, column + first, scale, offset, chunk, cost))
+        start += width * size
         scale += entry.has_scale
         offset += entry.has_offset
-    for column in range(0, layout.protected, layout.format.chunk):
-        width = min(layout.format.chunk, layout.protected - column)
-        result.append(Unit(PROTECTED, column * rows, width, column, 0, 0, 0, cost=rows * width * 5 // 4))
+    for column in range(0, layout.protected, most):
+        width = min(most, layout.protected - column)
+        result.append(Unit(PROTECTED, column * rows, width, column, 0, 0, 0, width * rows * 5 // 4))
     return result
 
 
@@ -87,7 +95,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def present(layouts: Iterable[Layout]) -> set[int]:
     """Numbers of the actions that occur in some linears."""
-    return {unit.action for layout in layouts for unit in units(layout)}
+    return {unit.action for layout in layouts for unit in units(layout, layout.format.chunk)}
 
 
 def _cuts(costs: Sequence[int], pieces: int) -> list[int]:
@@ -101,28 +109,34 @@ def _cuts(costs: Sequence[int], pieces: int) -> list[int]:
 class Tasks:
     """How the product is divided: every program takes a tile of rows and a run of units of one action.
 
-    The runs are of about equal cost, and of two units at least where there are as many.
+    The runs are of about equal cost.
     """
 
     groups: int  # of 16 rows, in a tile
+    units: Tensor  # int64 [units, 6]
     table: Tensor  # int64 [programs, 6]
     splits: Tensor  # int64 [linears]
     most: int  # splits of one linear
 
     @classmethod
-    def divide(cls, rows: Sequence[int], found: Sequence[Sequence[Unit]], groups: int, programs: int) -> "Tasks":
-        """About so many programs for linears of so many rows and with these units."""
-        tiles = [-(-count // (groups * GROUP)) for count in rows]
-        whole = sum(many * sum(unit.cost for unit in units) for many, units in zip(tiles, found, strict=True))
+    def divide(cls, layouts: Sequence[Layout], groups: int, programs: int, device: torch.device) -> "Tasks":
+        """About so many programs; chunks are divided where there would be less than a third as many."""
+        tiles = [triton.cdiv(layout.linear.rows, groups * GROUP) for layout in layouts]
+        size = layouts[0].format.chunk
+        while True:
+            found = [units(layout, size) for layout in layouts]
+            if size <= SMALLEST or 3 * sum(map(mul, tiles, map(len, found))) >= programs:
+                break
+            size //= 2
+        whole = sum(many * sum(unit.cost for unit in each) for many, each in zip(tiles, found, strict=True))
         table, splits = [], []
         begin = 0
-        for linear, (many, units) in enumerate(zip(tiles, found, strict=True)):
+        for linear, (many, each) in enumerate(zip(tiles, found, strict=True)):
             runs = []
-            for action, run in groupby(units, lambda unit: unit.action):
+            for action, run in groupby(each, lambda unit: unit.action):
                 costs = [unit.cost for unit in run]
-                pieces = min(max(1, round(sum(costs) * programs / whole)), -(-len(costs) // 2))
-                for first, last in pairwise(_cuts(costs, pieces)):
-                    runs.append((action, begin + first, begin + last))
+                pieces = min(max(1, round(sum(costs) * programs / whole)), len(costs))
+                runs += [(action, begin + first, begin + last) for first, last in pairwise(_cuts(costs, pieces))]
                 begin += len(costs)
             splits.append(len(runs))
             table += [
@@ -130,10 +144,22 @@ class Tasks:
                 for tile in range(many)
                 for split, (action, first, last) in enumerate(runs)
             ]
-        return cls(groups, torch.tensor(table), torch.tensor(splits), max(splits))
+        flat = [unit for each in found for unit in each]
+        return cls(
+            groups,
+            unit_table(flat).to(device),
+            torch.tensor(table).to(device),
+            torch.tensor(splits).to(device),
+            max(splits),
+        )
 
-    def to(self, device: torch.device) -> "Tasks":
-        return Tasks(self.groups, self.table.to(device), self.splits.to(device), self.most)
+
+def unit_table(found: Iterable[Unit]) -> Tensor:
+    """The columns of product.py, int64 [units, 6]."""
+    return torch.tensor(
+        [(unit.start, unit.width, unit.column, unit.scale, unit.offset, unit.chunk) for unit in found],
+        dtype=torch.int64,
+    )
 
 
 class Launch:
@@ -158,14 +184,13 @@ class Launch:
         self.columns, self.protected = first.linear.columns, first.protected
         self.rows = [layout.linear.rows for layout in layouts]
         self.kept = [*tensors, *biases]
-        found = [units(layout) for layout in layouts]
+        found = [units(layout, first.format.chunk) for layout in layouts]
         flat = [unit for each in found for unit in each]
         self.constants = {
             "PRESENT": sum(1 << number for number in {unit.action for unit in flat} | present),
             "ALIGN": _alignment(self.rows, flat, tensors),
             "WINDOW": self.form.window,
             "STORED": STORED[self.form.dtype],
-            "SIZE": self.form.chunk,
         }
         self.order = order.int()
         self.values = state_values(self.form.window, self.device)
@@ -175,9 +200,7 @@ class Launch:
         targets = list(accumulate(self.rows, initial=0))
         self.height = targets.pop()
         self.linears = self._table(map(_linear, self.rows, tensors, targets, biases))
-        self.units = self._table(
-            (unit.start, unit.width, unit.column, unit.scale, unit.offset, unit.chunk) for unit in flat
-        )
+        self.units = unit_table(flat).to(self.device)
         self.actions = torch.tensor([unit.action for unit in flat]).to(self.device)
         self.begins = list(accumulate(map(len, found), initial=0))
         self.blocks = self._table(
@@ -185,8 +208,8 @@ class Launch:
         )
         programs = multiprocessors(self.device) * WARPS
         groups = 64 if sum(-rows % 1024 for rows in self.rows) <= self.height // 8 else 32
-        self.one = Tasks.divide(self.rows, found, groups, programs * 32 // groups).to(self.device)
-        self.some = Tasks.divide(self.rows, found, 8, programs // 4).to(self.device)
+        self.one = Tasks.divide(layouts, groups, programs * 32 // groups, self.device)
+        self.some = Tasks.divide(layouts, 8, programs // 4, self.device)
 
     def _table(self, rows: Iterable[Iterable[int]]) -> Tensor:
         return torch.tensor([list(row) for row in rows], dtype=torch.int64).to(self.device)
@@ -210,12 +233,12 @@ class Launch:
             SIZE=self.form.chunk, SIDE=self.rotations.shape[1], VECTOR=vector, PADDED=BATCH,
         )  # fmt: skip
         product.product[(len(tasks.table),)](
-            tasks.table, self.linears, self.units, prepared, self.values, ONE, partial, batch, self.columns,
+            tasks.table, self.linears, tasks.units, prepared, self.values, ONE, partial, batch, self.columns,
             self.height, STEP=STEP[vector], VECTOR=vector, PADDED=BATCH, GROUPS=tasks.groups,
             num_warps=tasks.groups // 32 if vector else 4, maxnreg=128 if vector else None, **self.constants,
         )  # fmt: skip
         product.reduce[len(self.blocks), batch](
-            partial, self.blocks, self.linears, tasks.splits, out, batch, self.height, BLOCK=REDUCED
+            partial, self.blocks, self.linears, tasks.splits, out, batch, self.height, DEPTH=DEPTH, BLOCK=REDUCED
         )
         parts = out.split([batch * rows for rows in self.rows])
         return [part.view(batch, rows) for part, rows in zip(parts, self.rows, strict=True)]
@@ -227,7 +250,7 @@ class Launch:
         out = torch.empty(rows, self.columns, dtype=dtype, device=self.device)
         dequantize.decode[last - first, triton.cdiv(rows, GROUP * DECODED)](
             self.linears[linear], self.units[first:last], self.actions[first:last], self.values, ONE, self.rotations,
-            out, self.columns, SIDE=self.rotations.shape[1], GROUPS=DECODED, **self.constants,
+            out, self.columns, SIZE=self.form.chunk, SIDE=self.rotations.shape[1], GROUPS=DECODED, **self.constants,
         )  # fmt: skip
         return out
 

@@ -85,7 +85,7 @@ def address(linear, FIELD: tl.constexpr, kind: tl.constexpr):
 @triton.jit
 def _add_chunks(
     sums, first_unit, last_unit, units, linear, prepared, table, one, group, logs, columns,
-    ACTION: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr, SIZE: tl.constexpr,
+    ACTION: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr,
     STEP: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """`sums` plus the product with some chunks of one action: [16, groups] where VECTOR, else [16 groups, PADDED]."""
@@ -110,7 +110,7 @@ def _add_chunks(
         else:
             inner = tl.zeros((GROUP * GROUPS, PADDED), tl.float32)
             total = tl.zeros((PADDED,), tl.float32)
-        for step in range(0, SIZE, STEP):
+        for step in range(0, width, STEP):
             inside = step + place < width
             base = codes + start + (step + place).to(tl.int64) * stride
             found = levels(base, inside, group, stride, restart, table, one, ACTION, ALIGN, WINDOW, STORED)
@@ -166,13 +166,13 @@ def _add_chunks(
 @triton.jit
 def product(
     tasks, linears, units, prepared, table, one, partial, batch, columns, height,
-    PRESENT: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr, SIZE: tl.constexpr,
+    PRESENT: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr,
     STEP: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The share of some chunks in some rows of the product: partial[split, activation, row], float32.
 
     tasks, linears, units: tables of the columns above; one: the bits of 1.0 (see `in_mantissa`); height: rows of all
-    linears; PRESENT: bits of the actions that occur; SIZE: columns of a chunk, STEP of them at a time.
+    linears; PRESENT: bits of the actions that occur; STEP: columns at a time.
     """
     task = tasks + tl.program_id(0) * TASK
     which = tl.load(task + WHICH)
@@ -188,7 +188,7 @@ def product(
             if chosen == action:
                 sums = _add_chunks(
                     sums, first, last, units, linear, prepared, table, one, group, logs, columns,
-                    action, ALIGN, WINDOW, STORED, SIZE, STEP, VECTOR, PADDED, GROUPS,
+                    action, ALIGN, WINDOW, STORED, STEP, VECTOR, PADDED, GROUPS,
                 )  # fmt: skip
     target = partial + tl.load(task + SPLIT) * batch * height + tl.load(linear + TARGET)
     if VECTOR:
@@ -202,8 +202,8 @@ def product(
 
 
 @triton.jit
-def reduce(partial, blocks, linears, splits, out, batch, height, BLOCK: tl.constexpr):
-    """Add the splits of every row, from the first to the last, and the bias; out: one [batch, rows] after the other.
+def reduce(partial, blocks, linears, splits, out, batch, height, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the splits of every row, DEPTH at a time, and the bias; out: one [batch, rows] after the other.
 
     blocks: [programs, 2], linear and first row of each; splits: of every linear.
     """
@@ -217,9 +217,12 @@ def reduce(partial, blocks, linears, splits, out, batch, height, BLOCK: tl.const
     target = tl.load(linear + TARGET)
     kind = out.dtype.element_ty
     sums = tl.zeros((BLOCK,), tl.float32)
-    for split in range(tl.load(splits + which).to(tl.int32)):
-        source = partial + (split * batch + number).to(tl.int64) * height + target
-        sums += tl.load(source + row, mask=inside, other=0)
+    count = tl.load(splits + which).to(tl.int32)
+    for first in range(0, count, DEPTH):
+        split = first + tl.arange(0, DEPTH)
+        source = partial + (split.to(tl.int64) * batch + number) * height + target
+        keep = (split < count)[:, None] & inside[None, :]
+        sums += tl.sum(tl.load(source[:, None] + row[None, :], mask=keep, other=0), 0)
     bias = tl.load(linear + BIAS)
     if bias != 0:
         sums += tl.load(bias.to(tl.pointer_type(kind)) + row, mask=inside, other=0).to(tl.float32)
