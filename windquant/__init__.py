@@ -15,9 +15,10 @@ _AUTO = "transformers.quantizers.auto"  # holds the registry of formats
 
 
 def _register() -> None:
-    from windquant.checkpoint.huggingface import register
+    from windquant.checkpoint import huggingface
 
-    register()
+    if hasattr(huggingface, "register"):  # else it is being imported itself, and registers at its end
+        huggingface.register()
 
 
 class _RegisterOnImport:
