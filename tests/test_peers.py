@@ -81,7 +81,7 @@ def test_rounding_to_nearest_keeps_to_its_levels() -> None:
 def stored(folder: Path, leave: int = 0) -> list[frame.Stored]:
     tensors = load_file(folder / "model.safetensors")
     names = sorted(frame.decoder_weights(tensors))[leave:]
-    return [frame.Stored(name.removesuffix(".weight"), tensors[name] * 0.5, 10) for name in names]
+    return [frame.Stored(name.removesuffix(".weight"), tensors[name].float() * 0.5, 10) for name in names]
 
 
 def test_the_checkpoint_has_the_peers_weights(tiny_model_folder: Path, tmp_path: Path) -> None:
