@@ -1,8 +1,12 @@
 """GPTQ as GPTQModel does it. Options: those of its GPTQConfig, and `gptaq` (alpha) for the asymmetric calibration."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# It wants two threads for loading and takes half of the cores: on two cores that fails.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.quantization.config import GPTAQConfig, GPTQConfig
