@@ -46,7 +46,7 @@ def test_a_peer_that_cannot_be_installed_leaves_its_reason(rows: dict[str, row.R
 
 
 def test_a_peer_that_crashes_leaves_its_reason(rows: dict[str, row.Row]) -> None:
-    assert rows["RTNno options"]["reason"] == "exit code 1: KeyError: 'bits'"
+    assert rows["RTNno options"]["reason"].startswith("exit code 1: TypeError: round_to_nearest() missing")
     assert rows["RTNno options"]["perplexity"] is None
 
 
@@ -65,14 +65,15 @@ def test_the_others_are_measured(rows: dict[str, row.Row], tiny_model_folder: Pa
     assert found["perplexity"] != pytest.approx(original, rel=1e-4)
 
 
-def test_rounding_to_nearest_keeps_to_its_levels() -> None:
+@pytest.mark.parametrize("minimum", [False, True])
+def test_rounding_to_nearest_keeps_to_its_levels(minimum: bool) -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    stored = round_to_nearest("w", weight, 2, 32)
+    stored = round_to_nearest("w", weight, 2, 32, minimum)
     groups = stored.weight.reshape(-1, 32)
     assert all(len(group.unique()) <= 4 for group in groups)
     width = (weight.reshape(-1, 32).amax(1) - weight.reshape(-1, 32).amin(1)) / 3
     assert ((weight - stored.weight).reshape(-1, 32).abs().amax(1) <= width * 1.01).all()
-    assert stored.bytes == 8 * 64 * 2 // 8 + 16 * 18 // 8
+    assert stored.bytes == 8 * 64 * 2 // 8 + 16 * (32 if minimum else 18) // 8
 
 
 # -- what the scripts share

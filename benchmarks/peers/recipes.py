@@ -36,6 +36,9 @@ def _llamacpp(kind: str) -> Recipe:
 
 RECIPES = {
     "rtn-2-64": Recipe("RTN", "2 bits, groups of 64", "rtn", {"bits": 2, "group_size": 64}),
+    "rtn-2-64-minimum": Recipe(
+        "RTN", "2 bits, groups of 64, FP16 minimum", "rtn", {"bits": 2, "group_size": 64, "minimum": True}
+    ),
     "rtn-3-64": Recipe("RTN", "3 bits, groups of 64", "rtn", {"bits": 3, "group_size": 64}),
     "hqq-2-32": _hqq(2, 32),
     "hqq-2-64": _hqq(2, 64),
