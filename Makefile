@@ -62,6 +62,7 @@ lint: env-dev
 	mypy
 	snakefmt --check Snakefile workflow benchmarks
 	snakemake --lint
+	snakemake --lint --snakefile benchmarks/peers/Snakefile
 
 ui: env
 	mlflow ui --backend-store-uri $(MLFLOW_DB)

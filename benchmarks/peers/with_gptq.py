@@ -7,6 +7,8 @@ from pathlib import Path
 
 # It wants two threads for loading and takes half of the cores: on two cores that fails.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+# It compiles what decodes the weights, for minutes; here that is done once.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.quantization.config import GPTAQConfig, GPTQConfig
