@@ -151,7 +151,7 @@ def test_table_and_picture(rows: dict[str, row.Row], tmp_path: Path) -> None:
     assert text.endswith("\n\nMore.\n")
     assert "old" not in text
     assert "| **windquant** | 2 bits, ppo, recovered | 2.000 | 31.50 | 29.25 |" in text
-    assert "| nobody | 2 bits | not run: cannot be installed: " in text
+    assert "| nobody | 2 bits | cannot be installed: " in text
     assert text.index("31.50") < text.index("41.00") < text.index("| RTN | 2 bits |") < text.index("18.98")
     assert picture.read_bytes().startswith(b"\x89PNG")
 

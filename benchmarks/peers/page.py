@@ -52,7 +52,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         if not row.get("perplexity"):
             recipe = ", ".join(filter(None, [row["recipe"], row.get("note")]))
-            lines.append(f"| {row['peer']} | {recipe} | not run: {row['reason']} | | | | |")
+            lines.append(f"| {row['peer']} | {recipe} | {row['reason']} | | | | |")
     return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     given = parser.parse_args()
     recipe = RECIPES[given.name]
     if recipe.hours and not given.patient:
-        row = described(recipe) | {"reason": f"takes {recipe.hours}; not run"}
+        row = described(recipe) | {"reason": f"not run: takes {recipe.hours}"}
     else:
         row = measure(recipe, given.model, given.calibration, given.environments, given.wikitext2, given.hours)
     given.output.parent.mkdir(parents=True, exist_ok=True)
