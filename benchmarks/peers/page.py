@@ -109,7 +109,7 @@ def figure(peers: Sequence[Row], ours: Sequence[Row]) -> "Figure":
     axis.set_xlabel("effective bits per weight, all metadata included")
     axis.set_ylabel("perplexity, held-out articles")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+    made.legend(fontsize=8, frameon=False, loc="outside right upper")
     return made
 
 

@@ -52,7 +52,9 @@ RECIPES = {
     "gptq-3-64": _gptq("3 bits, groups of 64", bits=3, group_size=64),
     "autoround-2-50": _autoround(2, 50),
     "autoround-2-200": _autoround(2, 200, note="its defaults"),
-    "autoround-2-1000": _autoround(2, 1000, hours="about four hours on two cores, twenty times 50 iterations", note="its best recipe"),
+    "autoround-2-1000": _autoround(
+        2, 1000, hours="about four hours on two cores, twenty times 50 iterations", note="its best recipe"
+    ),
     "quanto-int2": Recipe("optimum-quanto", "qint2", "quanto", {"weights": "qint2"}, "quanto"),
     "quanto-int4": Recipe("optimum-quanto", "qint4", "quanto", {"weights": "qint4"}, "quanto"),
     "torchao-int2": Recipe(
