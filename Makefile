@@ -3,7 +3,7 @@
 # make lint   check the style of everything                               make docs   generate what is generated
 # make push   version data/ and the results, send them to the DVC remote  make pull   get them back
 # make verify make the result again elsewhere and compare it with data/   make clean  remove what `make run` made
-# make lock   resolve the dependencies anew
+# make lock   resolve the dependencies anew                             make peers  compare with other quantizers
 
 PYTHON ?= python3.11
 CORES ?= all
@@ -14,7 +14,7 @@ MLFLOW_DB := sqlite:///mlflow.db
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run report docs test lint ui push pull verify lock clean env env-dev
+.PHONY: run report peers docs test lint ui push pull verify lock clean env env-dev
 
 # Rules and tests call `python`: it is the environment's.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -26,6 +26,10 @@ run: env
 
 report: env
 	snakemake --cores $(CORES) results/report.html
+
+# The peers need the model, the text and the result of `make run`; each installs its own environment: docs/peers.md.
+peers: run
+	snakemake --snakefile benchmarks/peers/Snakefile --cores $(CORES)
 
 # The configuration's schema and help, and the Python API; tests check that they are current.
 docs: env
@@ -56,8 +60,9 @@ lint: env-dev
 	ruff check .
 	ruff format --check .
 	mypy
-	snakefmt --check Snakefile workflow
+	snakefmt --check Snakefile workflow benchmarks
 	snakemake --lint
+	snakemake --lint --snakefile benchmarks/peers/Snakefile
 
 ui: env
 	mlflow ui --backend-store-uri $(MLFLOW_DB)

@@ -9,7 +9,8 @@ import torch
 
 from windquant import calibration, models, step
 from windquant.articles import Article
-from windquant.evaluation import zero_shot
+from windquant.errors import WindquantError
+from windquant.evaluation import local, zero_shot
 from windquant.evaluation.perplexity import token_losses
 from windquant.evaluation.tasks import cloze_records, next_sentence_records, sentences
 
@@ -164,6 +165,21 @@ def test_the_papers_tasks_run_from_local_files(tiny_model_folder: Path, artifact
         assert score["samples"] == 3
         assert score["accuracy"] in (0.0, 1.0)
         assert score["stderr"] == 0.0
+
+
+def test_the_files_of_tasks_are_known_beforehand(tmp_path: Path) -> None:
+    for name in ("piqa.validation", "arc_easy.test", "arc_easy.train"):
+        (tmp_path / f"{name}.jsonl").touch()
+    found = local.of_tasks(["cloze", "piqa", "arc_easy"], str(tmp_path))
+    assert [Path(file).name for file in found] == [
+        "piqa.validation.jsonl",
+        "arc_easy.train.jsonl",
+        "arc_easy.test.jsonl",
+    ]
+    assert local.of_tasks(["piqa"], "") == []  # read from the Hub
+    (tmp_path / "boolq.train.jsonl").touch()  # nothing to measure on
+    with pytest.raises(WindquantError, match=r"has no boolq\.test\.jsonl or boolq\.validation\.jsonl; put the rows"):
+        local.of_tasks(["piqa", "boolq"], str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -100,11 +100,11 @@ def run(task: step.Task, settings: Settings) -> None:
         else:
             stream, used = encode(tokenizer, documents, OVERSAMPLING * count * length)
             windows, available = draw(stream, count, length, chance), len(stream)
-        _require(name, f"{prefix}samples", windows, count, length, available)
+        _require(name, f"{prefix}samples", windows, count, length, available, info["source"]["training"])
         tokens[name], info["splits"][name] = windows, _describe(windows, used, available)
     stream, used = encode(tokenizer, splits.documents["test"])
     tokens["test"] = stream[: len(stream) // settings.context * settings.context].view(-1, settings.context)
-    _require("test", "context", tokens["test"], 1, settings.context, len(stream))
+    _require("test", "context", tokens["test"], 1, settings.context, len(stream), info["source"]["test"])
     info["splits"]["test"] = _describe(tokens["test"], used, len(stream))
 
     task.output.mkdir(parents=True)
@@ -217,11 +217,11 @@ def beginnings(
     return torch.tensor(rows, dtype=torch.int32).view(-1, length), titles, available
 
 
-def _require(split: str, key: str, windows: Tensor, count: int, length: int, available: int) -> None:
+def _require(split: str, key: str, windows: Tensor, count: int, length: int, available: int, origin: str) -> None:
     if len(windows) < count:
         raise WindquantError(
-            f"calibration.{key}: the {split} split has {available} tokens, {count} windows of {length} need "
-            f"{count * length}; lower calibration.{key} or give more text"
+            f"calibration.{key}: the {split} split of {origin} has {available} tokens, {count} windows of {length} "
+            f"need {count * length}; lower calibration.{key} or give more text"
         )
 
 

@@ -91,8 +91,11 @@ class Shape:
         return self.layers * sum(-(-columns // chunk) for _, columns in self.linears)
 
 
-#: Not made yet, so without a config.json: a wheel of PyPI holds it.
-EMBEDDED = {"smollm2-135m": Shape(30, 576, 1536, 576, 192, 49152, True)}
+#: Not made yet, so without a config.json: wheels of PyPI hold them.
+EMBEDDED = {
+    "smollm2-135m": Shape(30, 576, 1536, 576, 192, 49152, True),
+    "gemma3-270m": Shape(18, 640, 2048, 1024, 256, 262144, True),
+}
 UNKNOWN = Shape(16, 2048, 8192, 2048, 512, 128256, True)
 FORCE = "WINDQUANT_FORCE"  # set: start in spite of what the estimate says
 ROOT = Path(__file__).resolve().parents[1]

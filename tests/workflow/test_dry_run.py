@@ -50,7 +50,7 @@ def test_chain_of_a_hub_model_without_network(folder: Path, snakemake: Snakemake
 
 def test_every_ready_model_has_a_chain(folder: Path, snakemake: Snakemake) -> None:
     models = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["models"]
-    assert {"smollm2-135m", "llama2-7b", "llama3-8b", "llama3.2-1b", "llama3.2-3b"} < set(models)
+    assert {"smollm2-135m", "gemma3-270m", "llama2-7b", "llama3-8b", "llama3.2-1b", "llama3.2-3b"} < set(models)
     done = snakemake(folder, "-n", *(f"results/{name}_2.0bits.json" for name in models))
     assert done.returncode == 0, done.stdout
     assert planned(done.stdout) == {name: count * len(models) for name, count in CHAIN.items()}
@@ -87,6 +87,10 @@ def test_impossible_targets(folder: Path, snakemake: Snakemake, target: str, mes
         ("recovery={step: 3}", "recovery.step: unknown key; did you mean recovery.steps?"),
         ("models={x: {source: hub}}", "models.x.id: missing"),
         ("models={x: {source: folder, path: nowhere}}", None),
+        (
+            "models={x: {source: hub, id: a/b, evaluation: {tasks: [piqa], data_dir: nowhere}}}",
+            "evaluation.data_dir: nowhere has no piqa.test.jsonl or piqa.validation.jsonl; put the rows",
+        ),
         ("units={chunk: many}", "units.chunk: 'many' is not of type 'integer'"),
     ],
 )

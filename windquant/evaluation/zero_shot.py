@@ -24,11 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import windquant.checkpoint.linear  # noqa: F401  # loads packed checkpoints, so it belongs to the step's code
 from windquant import compute, models, sources, step
 from windquant.errors import WindquantError
-from windquant.evaluation import tasks as embedded
-
-#: Made by the calibration step.
-EMBEDDED = ("cloze", "next_sentence")
-SPLITS = {"training": "train", "validation": "validation", "test": "test"}  # lm-eval's names: the Hub's
+from windquant.evaluation import local, tasks as embedded
+from windquant.evaluation.local import EMBEDDED, SPLITS
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,8 @@ class Settings:
     metric: Literal["acc", "acc_norm"] = "acc"  # acc_norm (by length) where a task has it, else acc
     limit: int = 0  # samples per task, the first ones (0 = all)
     batch_size: int = 8  # requests per forward pass
-    data_dir: str = ""  # folder of the tasks' files, where there is no Hub
+    # In the columns of the Hub's data sets: arc_easy.test.jsonl, piqa.validation.jsonl and so on
+    data_dir: str = ""  # folder of <task>.<split>.jsonl, where there is no Hub
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # auto: float32; as stored for a large model on a GPU
@@ -60,7 +58,7 @@ def run(task: step.Task, settings: Settings) -> None:
 def data_files(name: str, calibration: Path, data_dir: str = "") -> dict[str, Path]:
     """Local files of a task by split; none for a task that is read from the Hub.
 
-    Raises WindquantError if an embedded task or `data_dir` has no file for it.
+    Raises WindquantError if there is no file of an embedded task, or `data_dir` has none of another.
     """
     if name in EMBEDDED:
         file = calibration / f"{name}.jsonl"
@@ -70,13 +68,7 @@ def data_files(name: str, calibration: Path, data_dir: str = "") -> dict[str, Pa
                 "calibration.test_source to same or articles, or name other tasks"
             )
         return {"test": file}
-    if not data_dir:
-        return {}
-    found = {split: Path(data_dir).expanduser() / f"{name}.{split}.jsonl" for split in SPLITS.values()}
-    found = {split: file for split, file in found.items() if file.is_file()}
-    if not found:
-        raise WindquantError(f"evaluation.data_dir: {data_dir} has no {name}.test.jsonl or {name}.validation.jsonl")
-    return found
+    return local.of_task(name, data_dir) if data_dir else {}
 
 
 def load_tasks(files: dict[str, dict[str, Path]], scratch: Path) -> list[Any]:

@@ -25,6 +25,7 @@ os.environ.update(
 
 from windquant import configuration, dependencies, estimate, progress
 from windquant.errors import WindquantError
+from windquant.evaluation import local
 from windquant.manifest import Manifest
 
 if sys.stderr.isatty():  # the steps' bars go there, past the pipes into their logs
@@ -118,6 +119,13 @@ def ask(step, resource):
         return found[resource]
 
     return asked
+
+
+@one_line
+def task_files(wildcards):
+    """The files of local zero-shot tasks."""
+    entry = resolved(wildcards.model)["evaluation"]
+    return local.of_tasks(entry["tasks"], entry["data_dir"])
 
 
 @one_line

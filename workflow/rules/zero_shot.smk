@@ -7,6 +7,7 @@ rule zero_shot_original:
         checkpoint_manifest="resources/models/{model}.manifest.json",
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
+        files=task_files,
         experiment=ancient("data/experiments/{model}.json"),
     output:
         evaluation="data/evaluation/{model}.original.zero_shot.json",
@@ -43,6 +44,7 @@ use rule zero_shot_original as zero_shot with:
         checkpoint_manifest="data/checkpoints/{model}_{bits}bits.{allocator}/{stage}.manifest.json",
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
+        files=task_files,
         experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
         evaluation="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.json",

@@ -1,0 +1,62 @@
+"""Our rows, from results of the workflow, in the form of the peers'.
+
+python -m benchmarks.peers.ours results/smollm2-135m_2.0bits.json --output benchmarks/peers/ours.json
+python -m benchmarks.peers.ours ... --wikitext2 DIR    # measures the results' checkpoints on WikiText-2 too
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.row import Row, evaluated
+
+STAGES = {"before_recovery": "before recovery", "quantized": "recovered"}
+#: Steps that make a checkpoint; the others measure it.
+STEPS = ("statistics", "bank", "allocation", "quantize", "recovery")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results/*.json")
+    parser.add_argument("--calibration", type=Path, help="artifact of the calibration step (with --wikitext2)")
+    parser.add_argument("--wikitext2", type=Path, help="calibration artifact whose test text is WikiText-2")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the checkpoints (with --wikitext2)")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder of the original (with --wikitext2)")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    results = [json.loads(path.read_text()) for path in given.results]
+    rows = [row for result in results for row in of_result(result)]
+    original = next(iter(results[0]["perplexity"].values()))["original"]
+    rows.insert(0, {"peer": "original", "recipe": "", "bits": 16.0, "perplexity": original})
+    if given.wikitext2:
+        for row in rows:
+            folder = given.model if row["peer"] == "original" else given.data / "checkpoints" / row["checkpoint"]
+            row["wikitext2"] = evaluated(folder, given.calibration, given.wikitext2)["wikitext2"]
+    given.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def of_result(result: dict[str, Any]) -> list[Row]:
+    """A row before recovery and one after it."""
+    measured = next(iter(result["perplexity"].values()))
+    name = f"{result['model']}_{result['target_bits']}bits.{result['allocator']}"
+    rows = []
+    for stage, text in STAGES.items():
+        steps = [step for step in STEPS if step != "recovery" or stage == "quantized"]
+        memory = result["peak_memory_bytes"]
+        rows.append(
+            {
+                "peer": "windquant",
+                "recipe": f"{result['target_bits']:g} bits, {result['allocator']}, {text}",
+                "bits": result["effective_bits"],
+                "perplexity": measured[stage],
+                "seconds": sum(result["seconds"].get(step, 0) for step in steps),
+                "peak_memory_bytes": max(memory[step]["host"] for step in steps if step in memory),
+                "checkpoint": f"{name}/{stage}",
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
