@@ -133,9 +133,14 @@ class Cluster(BaseHTTPRequestHandler):
         """Nothing on the terminal."""
 
 
-def test_the_jobs_that_kubernetes_is_sent(folder: Path, tmp_path: Path) -> None:
-    if find_spec("snakemake_executor_plugin_kubernetes") is None:
-        pytest.skip("snakemake-executor-plugin-kubernetes is not installed: pip install windquant[cluster]")
+def test_the_jobs_that_kubernetes_is_sent(clone: Callable[[], Path], tmp_path: Path) -> None:
+    for plugin in ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_s3", "moto"):
+        if find_spec(plugin) is None:
+            pytest.skip(f"{plugin} is not installed: pip install windquant[cluster,dev]")
+    from moto.server import ThreadedMotoServer
+
+    storage = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    storage.start()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Cluster)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     entries: dict[str, Any] = {
@@ -147,27 +152,36 @@ def test_the_jobs_that_kubernetes_is_sent(folder: Path, tmp_path: Path) -> None:
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
     }
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(entries))
-    profile = yaml.safe_load((ROOT / "workflow" / "profiles" / "kubernetes" / "profile.yaml").read_text())
-    profile.pop("default-storage-provider")  # without S3: what the test needs lies in this folder
-    profile.pop("shared-fs-usage")
-    (tmp_path / "profile").mkdir()
-    (tmp_path / "profile" / "profile.yaml").write_text(yaml.safe_dump(profile))
-    shared = ["persistence", "input-output", "software-deployment", "sources", "source-cache"]
-    command = [SNAKEMAKE, "--workflow-profile", tmp_path / "profile", "--retries", "0", "--cores", "2"]
-    command += ["--resources", "gpu=2", "--shared-fs-usage", *shared]
-    proxies = {name: "" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    host, port = storage.get_host_and_port()
+    names = {
+        **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), ""),
+        "KUBECONFIG": str(tmp_path / "kubeconfig"),
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "SNAKEMAKE_STORAGE_S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "SNAKEMAKE_STORAGE_S3_ACCESS_KEY": "test",
+        "SNAKEMAKE_STORAGE_S3_SECRET_KEY": "test",
+    }
+    profile = [
+        "--workflow-profile",
+        "workflow/profiles/kubernetes",
+        "--default-storage-prefix",
+        "s3://bucket/windquant",
+    ]
     try:
         done = subprocess.run(
-            [*command, "--", f"resources/models/{MODEL}"],
-            cwd=folder,
-            env={**environment(), **proxies, "KUBECONFIG": str(tmp_path / "kubeconfig")},
+            [SNAKEMAKE, *profile, "--retries", "0", "--cores", "2", "--", "resources/models/qwen3-0.6b"],
+            cwd=clone(),
+            env={**environment(), **names},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=240,
         )
     finally:
         server.shutdown()
+        storage.stop()
     assert len(Cluster.jobs) == 1, done.stdout[-4000:]
     (container,) = Cluster.jobs[0]["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "windquant:latest"
