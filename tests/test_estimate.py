@@ -46,7 +46,7 @@ def test_a_70b_model_is_counted_without_its_weights() -> None:
 @pytest.mark.parametrize("step", MEASURED)
 def test_the_embedded_models_times_are_near_what_was_measured(step: str) -> None:
     found = estimate.needs(estimate.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, estimate.cpu(2))[step]
-    assert 1 / 2 < found.seconds / MEASURED[step] < 2
+    assert 1 / 1.5 < found.seconds / MEASURED[step] < 1.5
 
 
 def test_the_memory_of_streaming_steps_does_not_grow_with_the_depth() -> None:
@@ -63,7 +63,7 @@ def test_jobs_ask_for_more_than_the_estimate_and_for_still_more_when_tried_again
     first, second = (estimate.resources(EMBEDDED, "quantize", 2.0, 2, False, attempt) for attempt in (1, 2))
     assert first["mem_mb"] * 2**20 > 1.2 * need.memory
     assert first["runtime"] * 60 > 2 * need.seconds
-    assert second["mem_mb"] > 1.5 * first["mem_mb"]
+    assert second["mem_mb"] == pytest.approx(2 * first["mem_mb"], abs=1)
     assert second["runtime"] == pytest.approx(2 * first["runtime"], abs=1)
 
 

@@ -27,11 +27,11 @@ class Call:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the longest ModuleList whose entries all hold an nn.Linear."""
+    """Name and list of the decoder layers: the longest ModuleList whose entries all hold linears."""
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(_linears(layer) for layer in module)
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(_has_linears, module))
     ]
     if not found:
         raise WindquantError(
@@ -39,6 +39,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "models whose layers hold nn.Linear"
         )
     return max(found, key=lambda item: len(item[1]))
+
+
+def _has_linears(layer: nn.Module) -> bool:
+    """Whether a layer holds an nn.Linear, or what stands for one in a packed model (checkpoint/linear.py)."""
+    return any(hasattr(module, "in_features") for module in layer.modules())
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Linear]:

@@ -121,13 +121,13 @@ def cpu(cores: int) -> Machine:
     share = cores / 2
     return Machine(
         name=f"{cores} cores",
-        products=170e9 * share,
-        fast=330e9 * share,
+        products=165e9 * share,
+        fast=600e9 * share,
         solves=60e9 * share,
-        search=3.6e6 * share,
+        search=4.5e6 * share,
         decode=60e6 * share,
         read=1e9,
-        start=6.0,
+        start=4.0,
         memory=0.55 * GIB,
     )
 
@@ -175,24 +175,27 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
     inside = 4 * min(calibration, batch * get("calibration", "length")) * (4 * s.intermediate + 6 * s.hidden)
     packed = bits * s.weights / 8
     checkpoint = packed + 2 * s.outside
+    quantize = packed + 2 * checkpoint + resident + states + matrices + inside
 
     def need(seconds: float, memory: float, disk: float = 0, start: float = m.start) -> Need:
         total = m.memory + memory
         return Need(start + seconds, total, total if on_gpu else 0, disk)
 
-    quantize = packed + resident + states + matrices + inside
     searched = s.weights / m.search
-    losses = 3 * 4 * (batch // 4 or 1) * get("calibration", "length") * s.vocabulary
+    losses = 5 * 4 * (batch // 4 or 1) * get("calibration", "length") * s.vocabulary
     recovery_tokens = get("recovery", "steps") * get("calibration", "recovery_length")
     reward = get("search", "reward_tokens")
     held_out = get("calibration", "reward_samples") * get("calibration", "reward_length")
     plans = get("search", "evaluations")
     confirmed = 2 * (searched + (2 * 4096 * (token + covariance)) / m.fast + factors / m.solves)
     units = s.units(get("units", "chunk"))
-    answered = 20_000 * len(get("evaluation", "tasks"))  # tokens of a few hundred records
+    answered = 40_000 * len(get("evaluation", "tasks"))  # tokens of a few hundred records
     reading = 2 * s.parameters / m.read
+    # a GGUF file is converted as a whole; other folders are only looked through
+    gguf = settings["model"].get("source") == "embedded" or str(settings["model"].get("path", "")).endswith(".gguf")
+    converted = 1.4 * whole if gguf else 0
     return {
-        "model": need(reading * 2, 2 * s.vocabulary * s.hidden * 2, 2 * s.parameters),
+        "model": need(10 + 2 * reading, converted or 4 * s.vocabulary * s.hidden, 2 * s.parameters),
         "calibration": need(3, 0.1 * GIB, 4 * (calibration + test)),
         "statistics": need(
             (calibration * token + fisher * (2 * token + 2 * head)) / m.fast
@@ -207,9 +210,9 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
             2 * plans * reward * (token + head) / m.fast
             + 2 * held_out * (token + head) / m.fast
             + 2 * plans * 4 * s.weights / 2e9
-            + get("search", "episodes") * units * 3e-4
+            + get("search", "episodes") * units * 7e-5
             + confirmed,
-            3 * whole,
+            5 * whole,
             100 * units,
         ),
         "quantize": need(
@@ -218,8 +221,8 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
             checkpoint,
         ),
         "recovery": need(
-            (recovery_tokens * 4 + 4 * held_out) * (token + head) / m.fast + recovery_tokens * 2 * token / m.fast,
-            3 * whole + 6 * 4 * get("calibration", "recovery_length") * s.vocabulary,
+            (recovery_tokens * 6 + 4 * held_out) * (token + head) / m.fast + recovery_tokens * 2 * token / m.fast,
+            4 * whole + 11 * 4 * get("calibration", "recovery_length") * s.vocabulary,
             checkpoint,
         ),
         "perplexity_original": need(test * (token + head) / m.products + reading, resident + _losses(s, context, test)),

@@ -7,8 +7,8 @@ every page that was touched counts as the process's memory.
 import tempfile
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO
 
 import psutil
 import torch
@@ -30,7 +30,7 @@ class Activations:
         self._memory: dict[Hashable, Tensor] = {}
         self._places: dict[Hashable, tuple[int, torch.Size, torch.dtype]] = {}
         self._end = 0
-        self._file: BinaryIO | None = None
+        self._file: BufferedRandom | None = None
         if folder is not None:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # of the object, not of a block
 
@@ -43,7 +43,7 @@ class Activations:
             self._places[key] = (self._end, value.shape, value.dtype)
             self._end += value.nbytes
         self._file.seek(self._places[key][0])
-        self._file.write(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+        self._file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
     def get(self, key: Hashable, device: torch.device) -> Tensor:
         if self._file is None:
@@ -51,7 +51,7 @@ class Activations:
         start, shape, dtype = self._places[key]
         data = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
         self._file.seek(start)
-        self._file.readinto(memoryview(data.numpy()))
+        self._file.readinto(data.numpy().data)
         return data.view(dtype).view(shape).to(device)
 
 
@@ -75,7 +75,8 @@ class Flow:
                 size = len(ids) * hidden[0].nbytes
                 self.states = Activations(scratch if size > SHARE * psutil.virtual_memory().available else None)
             self.states.put(place, hidden)
-            self.calls.append(calls)
+            # masks and positions of equal batches are equal: one copy of them
+            self.calls.append(self.calls[0] if self.calls and same(self.calls[0], calls) else calls)
 
     @torch.no_grad()
     def through(self, layer: nn.Module, index: int, keep: bool = True) -> None:
@@ -90,3 +91,16 @@ class Flow:
         """The hidden state [batch, length, hidden] of every batch, or of those that hold the first samples."""
         for place in range(len(self.calls) if samples is None else -(-samples // self.batch)):
             yield self.states.get(place, self.device)
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two calls of decoder layers pass the same; what is no tensor or plain value never is."""
+    if isinstance(one, decoder.Call) and isinstance(other, decoder.Call):
+        return same(one.args, other.args) and same(one.kwargs, other.kwargs)
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return isinstance(one, bool | int | float | str | None) and one == other

@@ -4,8 +4,9 @@
 
 Each step takes one window of the recovery split and lowers the KL divergence of the quantized model's next-token
 distribution from the original's. What is trained is one log-gain per row and chunk (end-to-end tuning of the scales
-alone, EfficientQAT arXiv 2407.11062) and the norms. Afterwards the gains are rounded to the grid of the stored scales,
-so that the checkpoint takes exactly as many bytes as before.
+alone, EfficientQAT arXiv 2407.11062) and the norms. In the second half of the steps the model computes with the gains
+as they will be stored, rounded to the grid of the scales' codes, and their gradients pass straight through: what
+rounding costs is trained away, and the checkpoint takes exactly as many bytes as before.
 """
 
 import json
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from windquant import atomic, calibration, checkpoint, compute, models, step
 from windquant.checkpoint.linear import PackedLinear
-from windquant.packed import SCALE_BITS, Layout, ScaleCoder
+from windquant.packed import SCALE_BITS, Layout
 from windquant.progress import Progress
 from windquant.storage import pack, unpack
 
@@ -107,6 +108,8 @@ class GainLinear(nn.Module):
     of a slot holds zeros.
     """
 
+    rounding = False  # whether to compute with the gains as they will be stored
+
     def __init__(self, packed: PackedLinear, dtype: torch.dtype) -> None:
         super().__init__()
         layout = packed.layout
@@ -122,10 +125,19 @@ class GainLinear(nn.Module):
         self.bias = packed.bias
         scaled = torch.tensor([entry.has_scale for entry in layout.actions])
         self.register_buffer("scaled", scaled.float().to(weight.device))  # skipped chunks have no scale to tune
-        self.gain = nn.Parameter(torch.zeros(rows, len(layout.widths), device=weight.device))
+        codes = torch.zeros(rows, len(layout.widths))
+        codes[:, _scaled(layout)] = _scale_codes(layout, packed.tensors).T.cpu()
+        self.register_buffer("codes", codes.to(weight.device))  # of the scales, [rows, chunks]
+        self.register_buffer("step", _code_step(packed.tensors))
+        self.gain = nn.Parameter(torch.zeros_like(codes, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = F.pad(self.gain * self.get_buffer("scaled"), (self.fixed, 0))
+        gain: Tensor = self.gain
+        if self.rounding:
+            codes, step_size = self.get_buffer("codes"), self.get_buffer("step")
+            stored = (_moved(codes, gain, step_size) - codes) * step_size
+            gain = gain + (stored - gain).detach()  # straight through
+        gain = F.pad(gain * self.get_buffer("scaled"), (self.fixed, 0))
         slotted = _Slotted.apply(x, self.slots, self.place)
         return F.linear(slotted, _Scaled.apply(self.weight, gain), self.bias)
 
@@ -198,6 +210,7 @@ def distill(
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = {f"gain:{name}": value for name, value in gains.items()}
     parameters |= {f"norm:{name}": value for name, value in norms.items()}
+    linears = [module for module in student.modules() if isinstance(module, GainLinear)]
     draw = torch.randperm(len(windows), generator=torch.Generator().manual_seed(task.seed))
     curve = _resume(task.cache, parameters, optimizer)
     progress: Progress[None] = task.progress(total=settings.steps, label="recovery")
@@ -206,6 +219,8 @@ def distill(
         for index in range(len(curve), settings.steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(index, settings.steps, settings.warmup)
+            for linear in linears:
+                linear.rounding = index >= settings.steps // 2
             ids = windows[draw[index % len(draw)]][None].to(compute.device())
             with compute.autocast():
                 with torch.no_grad():
@@ -258,20 +273,27 @@ def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.opt
 def regain(layout: Layout, tensors: Mapping[str, Tensor], gain: Tensor) -> dict[str, Tensor]:
     """The stored tensors with log-gains [rows, chunks] rounded into the scales' codes."""
     result = dict(tensors)
-    old = _scale_codes(layout, tensors)
-    step_size = tensors["scale_grid"][1].float() * math.log(2)
-    moved = (old + gain[:, _scaled(layout)].T / step_size).round().clamp(0, 2**SCALE_BITS - 1).to(torch.uint8)
+    moved = _moved(_scale_codes(layout, tensors), gain[:, _scaled(layout)].T, _code_step(tensors)).to(torch.uint8)
     result["scales"] = pack(moved, (SCALE_BITS, SCALE_BITS)) if len(moved) else tensors["scales"]
     return result
 
 
 def stored_gain(layout: Layout, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
     """The log-gains [rows, chunks] that the codes of `after` make on `before`."""
-    coder = ScaleCoder(after["scale_grid"][0], after["scale_grid"][1], after["row_scales"])
     gain = torch.zeros(layout.linear.rows, len(layout.widths))
     change = _scale_codes(layout, after) - _scale_codes(layout, before)
-    gain[:, _scaled(layout)] = change.T * coder.step.float() * math.log(2)
+    gain[:, _scaled(layout)] = change.T * _code_step(after)
     return gain
+
+
+def _moved(codes: Tensor, gain: Tensor, step_size: Tensor) -> Tensor:
+    """The codes of scales that are exp(gain) times as large."""
+    return (codes + gain / step_size).round().clamp(0, 2**SCALE_BITS - 1)
+
+
+def _code_step(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Log-gain of one step of the scales' codes."""
+    return tensors["scale_grid"][1].float() * math.log(2)
 
 
 def _scaled(layout: Layout) -> list[int]:

@@ -15,6 +15,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -77,7 +78,7 @@ class Source:
         try:
             with entry.file.open("rb") as file:
                 file.seek(entry.start)
-                got = file.readinto(memoryview(data.numpy()))
+                got = file.readinto(data.numpy().data)
         except FileNotFoundError as error:
             raise WindquantError(f"{entry.file}: went away while the model was read; get it again") from error
         if got != entry.size:
@@ -118,7 +119,9 @@ def load(folder: Path, device_name: str = "auto", dtype_name: str = "float32") -
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     needed = {name: tensor.shape for name, tensor in state.items() if name not in tied}
     if not all(source.holds(name, shape) for name, shape in needed.items()):
-        return models.load(folder, dtype).to(device)  # which names what is missing, or knows the older names
+        whole: Any = models.load(folder, dtype)  # which names what is missing, or knows the older names
+        moved: PreTrainedModel = whole.to(device)
+        return moved
     outside = [name for name in needed if not name.startswith(f"{prefix}.")]
     for name in outside:  # one at a time: the embeddings are the largest of all
         _put(model, name, source.weight(name, source.read([name]), device))
