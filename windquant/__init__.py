@@ -4,6 +4,7 @@ Importing this package registers the packed checkpoint format with transformers:
 are loaded already, else at the moment they are. Nothing heavy is imported before.
 """
 
+import importlib
 import importlib.machinery
 import sys
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ _AUTO = "transformers.quantizers.auto"  # holds the registry of formats
 
 
 def _register() -> None:
-    from windquant.checkpoint.huggingface import register
-
-    register()
+    module = importlib.import_module("windquant.checkpoint.huggingface")
+    if hasattr(module, "register"):  # else its import is under way, and registers at its end
+        module.register()
 
 
 class _RegisterOnImport:

@@ -227,6 +227,9 @@ REGISTERED = "assert 'windquant' in auto.AUTO_QUANTIZER_MAPPING"
 IMPORTS = {  # windquant first: see `everything`
     "windquant alone is light": "import windquant; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)",
     "transformers first": f"import transformers.quantizers.auto as auto, windquant; {REGISTERED}",
+    "the format's module first": (
+        f"import windquant.checkpoint.huggingface, transformers.quantizers.auto as auto; {REGISTERED}"
+    ),
     "both twice": (
         "import importlib, windquant; importlib.reload(windquant)\n"
         f"import transformers.quantizers.auto as auto; {REGISTERED}\n"

@@ -125,3 +125,6 @@ def register() -> None:
         auto.register_quantizer(METHOD)(WindquantQuantizer)
         # without it, an argument of from_pretrained gives way to config.json as a whole
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (WindquantConfig,)  # type: ignore[assignment]  # a longer tuple
+
+
+register()
