@@ -1,7 +1,6 @@
 """The pictures of the report. Each one comes with a sentence that says what it shows, its numbers, and its command."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -34,8 +33,8 @@ def make(*targets: object) -> str:
     """The command that makes files; many with one beginning and ending in the shell's short form, a_{1,2}.json."""
     names = list(dict.fromkeys(map(str, targets)))
     if len(names) > 3:
-        start = os.path.commonprefix(names).rpartition("_")[0]
-        if start and all(name.endswith(".json") for name in names):
+        start = names[0].rpartition("_")[0]
+        if start and all(name.startswith(f"{start}_") and name.endswith(".json") for name in names):
             middles = [name.removeprefix(f"{start}_").removesuffix(".json") for name in names]
             return f"snakemake --cores all {start}_{{{','.join(middles)}}}.json"
     return f"snakemake --cores all {' '.join(names)}"
