@@ -84,7 +84,7 @@ def show(path: Path) -> None:
             table.add_row(*line)
         table.rows[-1].end_section = True
         console.print(table)
-    console.print(f"{path} has it all. Pictures: make report. All runs: {interface()}", soft_wrap=True, highlight=False)
+    console.print(f"{path} has it all. All runs: {interface()}", soft_wrap=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
