@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 from windquant.configuration import ALLOCATORS
@@ -26,7 +26,6 @@ class Figure:
     table: tuple[Row, ...] = ()  # the numbers, a header first
     legend: str = ""  # HTML
     wide: bool = False
-    name: str = field(default="", kw_only=True)  # its anchor
 
 
 def make(*targets: object) -> str:
@@ -394,5 +393,5 @@ def show(r: float | None) -> str:
     return "not defined" if r is None else f"{r:.3f}"
 
 
-#: The pictures of a model, and of one result.
+#: The pictures of one result, in their order.
 OF_RESULT: tuple[Callable[[Experiment], Figure | None], ...] = (plan, learning, predicted, recovery, resources)
