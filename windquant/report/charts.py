@@ -9,7 +9,7 @@ from windquant.configuration import ALLOCATORS
 from windquant.progress import duration
 from windquant.report import plan_picture
 from windquant.report.gather import Experiment, Peer, correlation
-from windquant.report.plan_picture import WIDTHS, nearest
+from windquant.report.plan_picture import width_colour
 from windquant.report.svg import SERIES, Plot, element, extent, legend, picture, text, title
 
 Row = Sequence[str]
@@ -170,7 +170,7 @@ def shares(model: str, found: Sequence[Experiment]) -> Figure:
         for name in names:
             share = e.result["actions"].get(name, 0.0)
             breadth = share * (width - left - 10)
-            colour = WIDTHS.get(plan_picture.bits(name)) or nearest(plan_picture.bits(name))
+            colour = width_colour(plan_picture.bits(name))
             hint = title(f"{name}: {share:.1%} of the weights")
             parts.append(element("rect", hint, x=x, y=y, width=breadth, height=bar, fill=colour))
             if breadth > 34:
@@ -181,7 +181,7 @@ def shares(model: str, found: Sequence[Experiment]) -> Figure:
     entries = [
         element(
             "span",
-            f'<i style="background: {WIDTHS.get(plan_picture.bits(n)) or nearest(plan_picture.bits(n))}"></i> {n}',
+            f'<i style="background: {width_colour(plan_picture.bits(n))}"></i> {n}',
         )
         for n in names
     ]
