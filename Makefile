@@ -23,6 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: env
 	snakemake --cores $(CORES) $(TARGET)
 	python -m windquant.summary $(TARGET)
+	@echo 'Pictures of all results: make report'
 
 report: env
 	snakemake --cores $(CORES) results/report.html

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,19 +180,20 @@ def run_workflow(work: Path, target: Path, cores: str, dry_run: bool) -> None:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
     command += ["--workflow-profile", str(ROOT / "workflow" / "profiles" / "default"), "--cores", cores]
     command += ["--dry-run"] * dry_run
+    started = time.time()
     done = subprocess.run([*command, "--", str(target)], cwd=work)
     if done.returncode:
-        raise WindquantError(f"{reason(work)}; the same line again goes on from the last finished step")
+        raise WindquantError(f"{reason(work, started)}; the same line again goes on from the last finished step")
 
 
-def reason(work: Path) -> str:
-    """The last error in the logs of the steps."""
-    logs = sorted(work.glob("logs/*/*.log"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(logs):
+def reason(work: Path, since: float) -> str:
+    """The last error in the logs that steps have written to since then."""
+    logs = [path for path in work.glob("logs/*/*.log") if path.stat().st_mtime >= since]
+    for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
         for line in reversed(path.read_text(errors="replace").splitlines()):
             if line.startswith("error: "):
                 return line.removeprefix("error: ")
-    return f"the workflow has stopped, see above and {work / '.snakemake' / 'log'}"
+    return "the workflow has stopped for the reason above"
 
 
 def deliver(checkpoint: Path, path: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """SVG pictures: scales, ticks, and the picture of a plan."""
 
 import math
+import subprocess
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from windquant.plan import Plan
-from windquant.report import plan_picture, svg
+from windquant.report import charts, plan_picture, svg
 from windquant.report.plan_picture import WIDTHS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -102,3 +103,12 @@ def test_scales_map_ends_to_ends() -> None:
     low, high = svg.extent([2.0], least=1.0)
     assert (low, high) == pytest.approx((1.5, 2.5))
     assert svg.extent([math.inf, 3.0, 4.0])[1] < 5
+
+
+def test_commands_for_many_results_are_short_and_mean_the_same() -> None:
+    names = [f"results/m_{bits}bits{baseline}.json" for bits in ("2.0", "2.5") for baseline in ("", ".greedy")]
+    command = charts.make(*names)
+    assert command == "snakemake --cores all results/m_{2.0bits,2.0bits.greedy,2.5bits,2.5bits.greedy}.json"
+    expanded = subprocess.run(["bash", "-c", command.replace("snakemake", "echo")], capture_output=True, text=True)
+    assert expanded.stdout.split()[2:] == names
+    assert charts.make("a.json", "b.json", "a.json") == "snakemake --cores all a.json b.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.commands import refused, run, windquant
+from tests.workflow.commands import run, windquant
 from tests.workflow.conftest import BITS, tiny_config
 from windquant import checkpoint, own_model
 from windquant.errors import WindquantError
@@ -85,9 +85,11 @@ def test_bad_input_is_one_line_before_any_work(
 
 def test_a_failed_step_gives_its_reason_last(folder: Path) -> None:
     """A Hub model without a Hub."""
-    said = refused(
-        folder, "quantize", "nobody/nothing", "--bits", "2.0", "--out", "x", "--cores", "1", PYTHONPATH=str(folder)
-    )  # fmt: skip
+    line = ("quantize", "nobody/nothing", "--bits", "2.0", "--out", "x", "--cores", "1")
+    done = run(folder, sys.executable, "-m", "windquant", *line, PYTHONPATH=str(folder), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    said = done.stdout.splitlines()[-1]
+    assert said.startswith("error: ")
     assert "models.nothing.id: nobody/nothing is not on this machine" in said
     assert "the same line again goes on" in said
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 from windquant.configuration import ALLOCATORS
 from windquant.progress import duration
 from windquant.report import plan_picture
 from windquant.report.gather import Experiment, Peer, correlation
-from windquant.report.plan_picture import WIDTHS, nearest
+from windquant.report.plan_picture import width_colour
 from windquant.report.svg import SERIES, Plot, element, extent, legend, picture, text, title
 
 Row = Sequence[str]
@@ -26,11 +26,17 @@ class Figure:
     table: tuple[Row, ...] = ()  # the numbers, a header first
     legend: str = ""  # HTML
     wide: bool = False
-    name: str = field(default="", kw_only=True)  # its anchor
 
 
 def make(*targets: object) -> str:
-    return f"snakemake --cores all {' '.join(map(str, dict.fromkeys(targets)))}"
+    """The command that makes files; many with one beginning and ending in the shell's short form, a_{1,2}.json."""
+    names = list(dict.fromkeys(map(str, targets)))
+    if len(names) > 3:
+        start = names[0].rpartition("_")[0]
+        if start and all(name.startswith(f"{start}_") and name.endswith(".json") for name in names):
+            middles = [name.removeprefix(f"{start}_").removesuffix(".json") for name in names]
+            return f"snakemake --cores all {start}_{{{','.join(middles)}}}.json"
+    return f"snakemake --cores all {' '.join(names)}"
 
 
 def series(allocator: str) -> int:
@@ -164,7 +170,7 @@ def shares(model: str, found: Sequence[Experiment]) -> Figure:
         for name in names:
             share = e.result["actions"].get(name, 0.0)
             breadth = share * (width - left - 10)
-            colour = WIDTHS.get(plan_picture.bits(name)) or nearest(plan_picture.bits(name))
+            colour = width_colour(plan_picture.bits(name))
             hint = title(f"{name}: {share:.1%} of the weights")
             parts.append(element("rect", hint, x=x, y=y, width=breadth, height=bar, fill=colour))
             if breadth > 34:
@@ -175,7 +181,7 @@ def shares(model: str, found: Sequence[Experiment]) -> Figure:
     entries = [
         element(
             "span",
-            f'<i style="background: {WIDTHS.get(plan_picture.bits(n)) or nearest(plan_picture.bits(n))}"></i> {n}',
+            f'<i style="background: {width_colour(plan_picture.bits(n))}"></i> {n}',
         )
         for n in names
     ]
@@ -387,5 +393,5 @@ def show(r: float | None) -> str:
     return "not defined" if r is None else f"{r:.3f}"
 
 
-#: The pictures of a model, and of one result.
+#: The pictures of one result, in their order.
 OF_RESULT: tuple[Callable[[Experiment], Figure | None], ...] = (plan, learning, predicted, recovery, resources)

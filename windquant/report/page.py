@@ -27,7 +27,7 @@ figure > svg { display: block; width: 100%; height: auto; }
 .legend i { display: inline-block; width: .8em; height: .8em; vertical-align: -1px; }
 details { font-size: .85rem; margin-top: .4rem; } summary { cursor: pointer; color: var(--link); }
 pre { background: var(--panel); padding: .5rem .7rem; margin: .4rem 0; white-space: pre-wrap;
-  overflow-wrap: anywhere; border-radius: 4px; }
+  overflow-wrap: anywhere; border-radius: 4px; max-height: 9rem; overflow-y: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .6rem 0; font-size: .85rem; }
 th, td { padding: .22rem .7rem .22rem 0; text-align: right; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; } th:first-child, td:first-child { text-align: left; }

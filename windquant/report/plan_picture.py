@@ -71,7 +71,7 @@ def draw(plan: Plan, energy: Mapping[str, Sequence[float]] | None = None) -> str
     parts = [
         grid.labels(),
         text(grid.start(0), 14, f"Width of every column chunk, {order}", "strong"),
-        grid.cells(0, widths, lambda value: WIDTHS[value] if value in WIDTHS else nearest(value)),
+        grid.cells(0, widths, width_colour),
     ]
     strengths: Rows = {}
     if energy:
@@ -199,7 +199,7 @@ def width_legend(left: float, top: float, used: Mapping[float, int], right: floa
         room = 22 + 6.4 * len(content)
         if x > left and x + room > right:
             x, y = left, y + 18
-        colour = WIDTHS.get(value) or nearest(value)
+        colour = width_colour(value)
         parts.append(
             element("rect", x=x, y=y, width=12, height=12, fill=colour) + text(x + 17, y + 10.5, content, "small")
         )
@@ -246,8 +246,8 @@ def bits(action: str) -> float:
     return float(number) if found else SKIPPED
 
 
-def nearest(width: float) -> str:
-    """The colour of a width that has none of its own."""
+def width_colour(width: float) -> str:
+    """The colour of a width, or of the nearest that has one."""
     return WIDTHS[min(WIDTHS, key=lambda known: abs(known - width))]
 
 

@@ -225,8 +225,13 @@ class Plot:
         self.parts.append(element("path", d=line, class_="axis dashed"))
         self.labels.append(text(self.width - self.right - 4, place - 5, label, "soft small halo", "end"))
 
-    def label(self, x: float, y: float, content: str, dx: float = 8.0, dy: float = 4.0, anchor: str = "start") -> None:
-        self.labels.append(text(self.sx(x) + dx, self.sy(y) + dy, content, "small halo", anchor))
+    def label(self, x: float, y: float, content: str) -> None:
+        """A name beside a point, on the side where there is room."""
+        place, room = self.sx(x), 7.0 * len(content)
+        left = place + room > self.width - self.right
+        self.labels.append(
+            text(place - 8 if left else place + 8, self.sy(y) + 4, content, "small halo", "end" if left else "start")
+        )
 
     def axes(self) -> str:
         bottom, right = self.height - self.bottom, self.width - self.right
