@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.families import family, token_ids
-from windquant import compute
+from windquant import compute, gpus
 from windquant.decoder import decoder_layers
 from windquant.errors import WindquantError
 from windquant.evaluation.perplexity import token_losses
@@ -18,7 +18,7 @@ from windquant.evaluation.perplexity import token_losses
 TAKE = """
 import sys
 from pathlib import Path
-from windquant import compute
+from windquant import compute, gpus
 print(compute.claim(["0", "1"], Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """
@@ -45,15 +45,15 @@ def test_every_gpu_has_one_step_and_the_next_one_waits(tmp_path: Path) -> None:
 
 def test_without_gpus_nothing_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert compute.visible() == []
+    assert gpus.visible() == []
     assert compute.claim([], tmp_path) is None
     assert not list(tmp_path.iterdir())
 
 
 def test_a_scheduler_names_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-7f")
-    assert compute.visible() == ["3", "GPU-7f"]
-    assert compute.claim(compute.visible(), tmp_path) == "3"
+    assert gpus.visible() == ["3", "GPU-7f"]
+    assert compute.claim(gpus.visible(), tmp_path) == "3"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     compute._held.pop().close()
 

@@ -14,6 +14,7 @@ from typing import IO, TypeVar
 import torch
 from torch import nn
 
+from windquant import gpus
 from windquant.errors import WindquantError
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,15 +26,8 @@ _held: list[IO[str]] = []  # locks of GPUs, open for the life of the process
 def device() -> torch.device:
     """The GPU, where there is one, else the CPU. The first call takes a GPU for this process alone."""
     if not torch.cuda.is_initialized():
-        claim(visible())
+        claim(gpus.visible())
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def visible() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; a scheduler may have set it."""
-    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in chosen.split(",") if name.strip()]
-    return [str(index) for index in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
 
 
 def claim(names: list[str], folder: Path | None = None) -> str | None:

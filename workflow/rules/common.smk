@@ -23,7 +23,7 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
-from windquant import configuration, dependencies, estimate, progress
+from windquant import configuration, dependencies, estimate, gpus, progress
 from windquant.errors import WindquantError
 from windquant.evaluation import local
 from windquant.manifest import Manifest
@@ -104,7 +104,7 @@ def text_files(wildcards):
 #: GPUs that jobs may use: those of `--resources gpu=` (a cluster's profile), or this machine's. A job that computes
 #: with one takes one, so that each has one job at a time; compute.py says which.
 if "gpu" not in workflow.global_resources and workflow.local_exec:
-    workflow.global_resources["gpu"] = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    workflow.global_resources["gpu"] = len(gpus.visible())
 GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 0
 
 
