@@ -14,6 +14,7 @@ from windquant import calibration, checkpoint, compute, models, quantize, recove
 from windquant.checkpoint.linear import PackedLinear
 from windquant.manifest import Manifest
 from windquant.packed import dequantize
+from windquant.presets import recovery_steps
 from windquant.recovery import GainLinear, divergence, kl_divergence, regain, schedule, stored_gain, trainable
 
 
@@ -246,6 +247,24 @@ def test_a_gain_linear_is_the_packed_one(biased: Made) -> None:
         assert not torch.allclose(tuned(x), packed(x), rtol=1e-2, atol=1e-2)
 
 
+def test_rounding_computes_with_what_will_be_stored(biased: Made) -> None:
+    """And its gradients are those at the stored gains: they pass straight through."""
+    for name, (packed, tuned) in linears(biased).items():
+        layout, tensors = biased.layouts[name], biased.tensors[name]
+        x = torch.randn(2, 5, layout.linear.columns, generator=torch.Generator().manual_seed(0))
+        wanted = torch.randn(layout.linear.rows, len(layout.widths), generator=torch.Generator().manual_seed(1))
+        gradients = []
+        for gain, rounding in ((wanted, True), (stored_gain(layout, tensors, regain(layout, tensors, wanted)), False)):
+            tuned.gain.data.copy_(gain)
+            tuned.rounding = rounding
+            tuned.gain.grad = None
+            tuned(x).square().sum().backward()
+            gradients.append(tuned.gain.grad)
+            stored = dequantize(layout, regain(layout, tensors, wanted), packed.get_buffer("column_order"))
+            torch.testing.assert_close(tuned(x), F.linear(x, stored, packed.bias), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
 def test_gradients_are_those_of_the_formula(biased: Made) -> None:
     for name, (packed, tuned) in linears(biased).items():
         layout, order = biased.layouts[name], packed.get_buffer("column_order")
@@ -300,6 +319,13 @@ def test_divergence_is_the_mean_over_all_windows(prepared: Prepared, packed: Pat
         parts = [divergence(student, teacher, window[None]) for window in ids]
         assert divergence(student, teacher, ids) == pytest.approx(sum(parts) / len(parts), rel=1e-4)
         assert divergence(teacher, teacher, ids) == 0
+
+
+def test_presets_say_how_many_steps(prepared: Prepared, packed: Path, tmp_path: Path) -> None:
+    assert [recovery_steps(preset, None) for preset in ("light", "standard", "full")] == [80, 400, 2000]
+    assert recovery_steps("full", 0) == 0
+    made = recover(prepared, packed, tmp_path / "made", preset="standard", steps=3)
+    assert len(Manifest.load(made).notes["curve"]) == 3
 
 
 def test_schedule_warms_up_and_falls_to_zero() -> None:

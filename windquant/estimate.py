@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from windquant import configuration
+from windquant import configuration, presets
 from windquant.errors import WindquantError
 from windquant.progress import duration
 
@@ -183,7 +183,8 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
 
     searched = s.weights / m.search
     losses = 5 * 4 * (batch // 4 or 1) * get("calibration", "length") * s.vocabulary
-    recovery_tokens = get("recovery", "steps") * get("calibration", "recovery_length")
+    steps = presets.recovery_steps(get("recovery", "preset"), get("recovery", "steps"))
+    recovery_tokens = steps * get("calibration", "recovery_length")
     reward = get("search", "reward_tokens")
     held_out = get("calibration", "reward_samples") * get("calibration", "reward_length")
     plans = get("search", "evaluations")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from windquant import atomic, calibration, checkpoint, compute, models, step
+from windquant import atomic, calibration, checkpoint, compute, models, presets, step
 from windquant.checkpoint.linear import PackedLinear
 from windquant.packed import SCALE_BITS, Layout
 from windquant.progress import Progress
@@ -33,7 +33,8 @@ SAVE_EVERY = 20  # steps between two training checkpoints
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 80  # distillation steps of one window each; 0 leaves the quantized model as it is
+    preset: Literal["light", "standard", "full"] = "light"  # 80, 400 or 2000 steps: 3 or 15 minutes on two cores, a GPU
+    steps: int | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays as it is
     gain_rate: float = 6e-3  # learning rate of the log-gains
     norm_rate: float = 2e-3  # learning rate of the norms
     warmup: int = 5  # steps until the full rate; it falls as a cosine from there
@@ -48,7 +49,8 @@ def run(task: step.Task, settings: Settings) -> None:
     held_out = texts.reward.long()
     before = divergence(student, teacher, held_out)
     state = {name: value.detach().clone() for name, value in (gains | norms).items()}
-    curve = distill(task, student, teacher, gains, norms, texts.recovery.long(), settings)
+    steps = presets.recovery_steps(settings.preset, settings.steps)
+    curve = distill(task, student, teacher, gains, norms, texts.recovery.long(), steps, settings)
     tensors = {}
     for name, layout in packed.layouts.items():
         tensors[name] = regain(layout, packed.tensors[name], gains[name].detach().cpu())
@@ -196,6 +198,7 @@ def distill(
     gains: Mapping[str, nn.Parameter],
     norms: Mapping[str, nn.Parameter],
     windows: Tensor,
+    steps: int,
     settings: Settings,
 ) -> list[float]:
     """Train gains and norms in place; goes on from the last training checkpoint in the task's cache.
@@ -213,14 +216,14 @@ def distill(
     linears = [module for module in student.modules() if isinstance(module, GainLinear)]
     draw = torch.randperm(len(windows), generator=torch.Generator().manual_seed(task.seed))
     curve = _resume(task.cache, parameters, optimizer)
-    progress: Progress[None] = task.progress(total=settings.steps, label="recovery")
+    progress: Progress[None] = task.progress(total=steps, label="recovery")
     with progress:
         progress.update(len(curve))
-        for index in range(len(curve), settings.steps):
+        for index in range(len(curve), steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(index, settings.steps, settings.warmup)
+                group["lr"] = rate * schedule(index, steps, settings.warmup)
             for linear in linears:
-                linear.rounding = index >= settings.steps // 2
+                linear.rounding = index >= steps // 2
             ids = windows[draw[index % len(draw)]][None].to(compute.device())
             with compute.autocast():
                 with torch.no_grad():
