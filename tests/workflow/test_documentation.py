@@ -24,7 +24,7 @@ from windquant import api
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")) if path.name != "api.md")
 #: Of whoever has measured: their commands take minutes or hours, so they are only looked up.
-MEASURED = ("results.md", "performance.md", "decisions.md", "format.md")
+MEASURED = ("results.md", "performance.md", "peers.md", "decisions.md", "format.md")
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STANDS_FOR = {"smollm2-135m_2.0bits": f"{MODEL}_{BITS}bits", "smollm2-135m_2.5bits": f"{MODEL}_5.0bits",
               "smollm2-135m": MODEL}  # fmt: skip
@@ -79,7 +79,8 @@ def chosen(program: str) -> list[Command]:
 
 def test_every_command_is_of_a_known_kind() -> None:
     known = {"snakemake", "make", "python", "source", "git", "cd", "cp", "export", "pip", "dvc", "mlflow", ".ci/run",
-             "pre-commit", "docker", "kubectl", "sbatch", "flock"}  # fmt: skip
+             "pre-commit", "docker", "kubectl", "sbatch", "flock", "apt-get",
+             "workflow/profiles/slurm/loopback"}  # fmt: skip
     for command in COMMANDS:
         assert command.words[0] in known, f"{command.page.name}: {command.text}"
 

@@ -68,7 +68,7 @@ def test_comparison_shares_the_steps_of_the_model(folder: Path, snakemake: Snake
     ("target", "message"),
     [
         ("results/smolm2-135m_2.0bits.json", "unknown model smolm2-135m, did you mean smollm2-135m?"),
-        ("results/nothing_2.0bits.json", "unknown model nothing; config/config.yaml has smollm2-135m, llama2-7b"),
+        ("results/nothing_2.0bits.json", "unknown model nothing; config/config.yaml has smollm2-135m, gemma3-270m"),
         ("data/bank/nothing.safetensors", "unknown model nothing"),
         ("results/smollm2-135m_0.5bits.json", "0.5 bits: impossible; give 1 to 16 bits per weight"),
         ("results/smollm2-135m_17bits.json", "17 bits: impossible"),

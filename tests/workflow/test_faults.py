@@ -3,6 +3,7 @@
 WINDQUANT_KILLS=50 asks for more kills than CI's minutes allow.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -12,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from tests.workflow.conftest import BITS, MODEL, RESULT, Snakemake
 from windquant import manifest
 
+T = TypeVar("T")
 KILLS = int(os.environ.get("WINDQUANT_KILLS", "12"))
 #: What differs between two runs of the same thing, in the result and nowhere else.
 MEASURED = ("seconds", "peak_memory_bytes", "mlflow_run_id")
@@ -115,7 +117,8 @@ def test_two_at_once_and_a_step_that_outlives_its_workflow(
     folder = tiny_clone()
     first = Run(folder)
     try:
-        wait_for(lambda: (folder / ".snakemake/locks").exists() and list((folder / ".cache/running").glob("*.json")))
+        wait_for(lambda: (folder / ".snakemake/locks").exists())
+        step = wait_for(lambda: halted_step(folder))
         second = snakemake(folder, RESULT)
         assert second.returncode == 1
         (line,) = [line for line in second.stdout.splitlines() if line.startswith("error: ")]
@@ -125,22 +128,33 @@ def test_two_at_once_and_a_step_that_outlives_its_workflow(
         assert snakemake(folder, "-n", RESULT).returncode == 0, "to look is no conflict"
         first.process.kill()  # Snakemake alone
         first.process.wait()
-        running = list((folder / ".cache/running").glob("*.json"))
-        if running:
-            third = snakemake(folder, RESULT)
-            assert "a step still runs in" in third.stdout
-            assert third.returncode == 1
+        third = snakemake(folder, RESULT)
+        assert "a step still runs in" in third.stdout
+        assert f"kill {step}" in third.stdout
+        assert third.returncode == 1
     finally:
         os.killpg(first.process.pid, signal.SIGKILL)
     again = snakemake(folder, f"data/experiments/{MODEL}.json")  # goes on, without --unlock
     assert again.returncode == 0, again.stdout
 
 
-def wait_for(condition: Callable[[], object]) -> None:
+def halted_step(folder: Path) -> int | None:
+    """Process of a running step, which halts from now on; none if there is none, or it has just ended."""
+    for path in (folder / ".cache/running").glob("*.json"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, json.JSONDecodeError):
+            process = int(json.loads(path.read_text())[1])
+            os.kill(process, signal.SIGSTOP)
+            path.stat()
+            return process
+    return None
+
+
+def wait_for(condition: Callable[[], T]) -> T:
     deadline = time.monotonic() + 60
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return found
 
 
 def replace(path: Path, data: bytes) -> None:
