@@ -39,6 +39,10 @@ def make(*targets: object) -> str:
     return f"snakemake --cores all {' '.join(names)}"
 
 
+#: Perplexity in originals beyond which a peer's mark stays at the edge: such a model says nothing any more.
+COLLAPSED = 20
+
+
 def series(allocator: str) -> int:
     """The colour and mark of an allocator, the same in all pictures."""
     return ALLOCATORS.index(allocator) % PEERS if allocator in ALLOCATORS else PEERS
@@ -58,9 +62,10 @@ def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: 
     rows = [(e, e.result["effective_bits"], e.result["perplexity"][dataset]) for e in found]
     others = [peer for peer in peers if peer.bits is not None and peer.perplexity is not None]
     original = rows[0][2]["original"]
+    ceiling = COLLAPSED * original
     bits = [bits for _, bits, _ in rows] + [peer.bits for peer in others if peer.bits is not None]
     values = [value for _, _, entry in rows for value in entry.values()]
-    values += [peer.perplexity for peer in others if peer.perplexity is not None]
+    values += [min(peer.perplexity, ceiling) for peer in others if peer.perplexity is not None]
     plot = Plot(
         extent(bits, least=1.5), extent(values, log=True, least=0.5), "effective bits per weight",
         f"perplexity, {dataset}", y_log=True,
@@ -78,11 +83,12 @@ def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: 
             plot.dot(b, entry["quantized"], series(allocator), f"{hint} {entry['quantized']:.2f}")
     for peer in others:
         if peer.bits is not None and peer.perplexity is not None:
-            plot.dot(peer.bits, peer.perplexity, PEERS, f"{peer.peer} {peer.recipe}: {peer.perplexity:.2f}")
-            plot.label(peer.bits, peer.perplexity, peer.peer)
+            place, beyond = min(peer.perplexity, ceiling), peer.perplexity > ceiling
+            plot.dot(peer.bits, place, PEERS, f"{peer.peer} {peer.recipe}: {peer.perplexity:.2f}")
+            plot.label(peer.bits, place, f"{peer.peer}: {peer.perplexity:.2g}" if beyond else peer.peer)
     best = min(rows, key=lambda row: row[2]["quantized"])
     says = (
-        f"{model} on {dataset}: the original has a perplexity of {original:.2f}; the best of {len(rows)} results is "
+        f"{model} on {dataset}: the original has a perplexity of {original:.2f}; {best_of(len(rows))} is "
         f"{best[2]['quantized']:.2f} at {best[1]:.4f} effective bits ({best[0].result['allocator']}, "
         f"{best[2]['before_recovery']:.2f} before recovery)."
     )
@@ -99,6 +105,10 @@ def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: 
         tuple(table),
         key({e.result["allocator"] for e in found}, [("other tools", PEERS)] if others else ()),
     )
+
+
+def best_of(count: int) -> str:
+    return "the result" if count == 1 else f"the best of {count} results"
 
 
 def _allocator(row: tuple[Experiment, object, object]) -> str:
@@ -134,8 +144,9 @@ def accuracy(model: str, found: Sequence[Experiment]) -> Figure | None:
     tasks = list(rows[0].result["zero_shot"])
     best = max(points, key=lambda point: point[2])
     says = (
-        f"{model}, mean of {', '.join(tasks)}: the original is right in {original:.1f} %, the best of {len(points)} "
-        f"results in {best[2]:.1f} % ± {best[3]:.1f} ({best[0].result['allocator']}, {best[1]:.4f} bits)."
+        f"{model}, mean of {', '.join(tasks)}: the original is right in {original:.1f} %, "
+        f"{best_of(len(points))} in {best[2]:.1f} % ± {best[3]:.1f} "
+        f"({best[0].result['allocator']}, {best[1]:.4f} bits)."
     )
     table: list[Row] = [("allocator", "effective bits", *(f"{task}" for task in tasks), "mean")]
     table.append(

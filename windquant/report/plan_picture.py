@@ -204,7 +204,7 @@ def width_legend(left: float, top: float, used: Mapping[float, int], right: floa
             element("rect", x=x, y=y, width=12, height=12, fill=colour) + text(x + 17, y + 10.5, content, "small")
         )
         x += room
-    return "".join(parts)
+    return "".join([*parts, text(x, y + 10.5, "of the chunks", "soft small")])
 
 
 def energy_legend(left: float, top: float, low: float, high: float) -> str:
