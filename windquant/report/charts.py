@@ -39,7 +39,7 @@ def make(*targets: object) -> str:
     return f"snakemake --cores all {' '.join(names)}"
 
 
-#: Perplexity in originals beyond which a peer's mark stays at the edge: such a model says nothing any more.
+#: Perplexity in originals from which on a peer is named but not drawn: such a model says nothing any more.
 COLLAPSED = 20
 
 
@@ -60,12 +60,12 @@ def perplexity(model: str, found: Sequence[Experiment], peers: Sequence[Peer]) -
 
 def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: Sequence[Peer]) -> Figure:
     rows = [(e, e.result["effective_bits"], e.result["perplexity"][dataset]) for e in found]
-    others = [peer for peer in peers if peer.bits is not None and peer.perplexity is not None]
     original = rows[0][2]["original"]
-    ceiling = COLLAPSED * original
+    measured = [peer for peer in peers if peer.bits is not None and peer.perplexity is not None]
+    others = [peer for peer in measured if peer.perplexity is not None and peer.perplexity < COLLAPSED * original]
     bits = [bits for _, bits, _ in rows] + [peer.bits for peer in others if peer.bits is not None]
     values = [value for _, _, entry in rows for value in entry.values()]
-    values += [min(peer.perplexity, ceiling) for peer in others if peer.perplexity is not None]
+    values += [peer.perplexity for peer in others if peer.perplexity is not None]
     plot = Plot(
         extent(bits, least=1.5), extent(values, log=True, least=0.5), "effective bits per weight",
         f"perplexity, {dataset}", y_log=True,
@@ -83,15 +83,18 @@ def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: 
             plot.dot(b, entry["quantized"], series(allocator), f"{hint} {entry['quantized']:.2f}")
     for peer in others:
         if peer.bits is not None and peer.perplexity is not None:
-            place, beyond = min(peer.perplexity, ceiling), peer.perplexity > ceiling
-            plot.dot(peer.bits, place, PEERS, f"{peer.peer} {peer.recipe}: {peer.perplexity:.2f}")
-            plot.label(peer.bits, place, f"{peer.peer}: {peer.perplexity:.2g}" if beyond else peer.peer)
+            plot.dot(peer.bits, peer.perplexity, PEERS, f"{peer.peer} {peer.recipe}: {peer.perplexity:.2f}")
+            plot.label(peer.bits, peer.perplexity, peer.peer)
     best = min(rows, key=lambda row: row[2]["quantized"])
     says = (
         f"{model} on {dataset}: the original has a perplexity of {original:.2f}; {best_of(len(rows))} is "
         f"{best[2]['quantized']:.2f} at {best[1]:.4f} effective bits ({best[0].result['allocator']}, "
         f"{best[2]['before_recovery']:.2f} before recovery)."
     )
+    collapsed = [peer for peer in measured if peer not in others]
+    if collapsed:
+        names = ", ".join(f"{peer.peer} ({peer.bits:.2f} bits)" for peer in collapsed)
+        says += f" Beyond the picture, with more than {COLLAPSED} times the original's: {names}."
     table: list[Row] = [("allocator", "effective bits", "before recovery", "quantized", "original")]
     table += [
         (e.result["allocator"], f"{b:.4f}", *(f"{entry[k]:.2f}" for k in ("before_recovery", "quantized", "original")))
