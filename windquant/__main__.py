@@ -5,6 +5,8 @@ function `main(arguments)`; a new one takes a line in COMMANDS.
 """
 
 import importlib
+import os
+import signal
 import sys
 
 from windquant.errors import WindquantError
@@ -42,9 +44,13 @@ def main(arguments: list[str]) -> int:
     module, _ = COMMANDS[arguments[0]]
     try:
         importlib.import_module(module).main(arguments[1:])
+        sys.stdout.flush()
     except WindquantError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left for the exit to flush
+        return 128 + signal.SIGPIPE
     return 0
 
 

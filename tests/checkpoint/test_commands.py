@@ -1,5 +1,7 @@
 """`python -m windquant`: inspect, generate, and what they say of bad input."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,16 @@ def test_inspect(whole: Made, capsys: pytest.CaptureFixture[str]) -> None:
     assert "trellis-1.5" in lines[kinds]
     shares = [float(cell.rstrip("%")) for cell in lines[-1].split()[1:]]
     assert sum(shares) == pytest.approx(100, abs=1)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(whole: Made) -> None:
+    """As with `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "windquant", "inspect", str(whole.folder)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_generate_continues_the_text(whole: Made, capsys: pytest.CaptureFixture[str]) -> None:
