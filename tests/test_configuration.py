@@ -121,7 +121,7 @@ def test_a_models_own_section_wins_over_the_shared_one_and_that_over_the_default
         ({"models": {"a": HUB}, "units": {"chunk": 0}}, "units.chunk: 0 is less than the minimum of 1"),
         ({"models": {"a": HUB}, "units": {"chunk": "many"}}, "units.chunk: 'many' is not of type 'integer'"),
         ({"models": {"a": HUB}, "units": {"protected": 1.5}}, "units.protected: 1.5 is greater than the maximum of 1"),
-        ({"models": {"a": HUB}, "recovery": {"steps": True}}, "recovery.steps: True is not of type 'integer'"),
+        ({"models": {"a": HUB}, "recovery": {"steps": True}}, "recovery.steps: True is not of type 'integer', 'null'"),
         ({"models": {"a": HUB}, "evaluation": {"tasks": "cloze"}}, "evaluation.tasks: 'cloze' is not of type 'array'"),
         ({"models": {"a": HUB}, "seed": -1}, "seed: -1 is less than the minimum of 0"),
     ],

@@ -198,8 +198,9 @@ def json_schema(cls: type) -> dict[str, Any]:
             schema["enum"] = list(kind.choices)
         if kind.many:
             schema = {"type": "array", "items": schema}
-        if kind.optional:
-            schema = {"anyOf": [schema, {"type": "null"}]}
+        if kind.optional:  # as a list of types where it can be: what is wrong is said more plainly than of `anyOf`
+            plain = not (kind.many or kind.choices)
+            schema = {"type": [json_type, "null"]} if plain else {"anyOf": [schema, {"type": "null"}]}
         if name in text:
             schema["description"] = text[name]
         if (default := _default(cls, name)) is not dataclasses.MISSING:

@@ -103,7 +103,7 @@ def text_files(wildcards):
 
 #: GPUs that jobs may use: those of `--resources gpu=` (a cluster's profile), or this machine's. A job that computes
 #: with one takes one, so that each has one job at a time; compute.py says which.
-if "gpu" not in workflow.global_resources and workflow.local_exec:
+if "gpu" not in workflow.global_resources and workflow.local_exec and gpus.visible():
     workflow.global_resources["gpu"] = len(gpus.visible())
 GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 0
 
