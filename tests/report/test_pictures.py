@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from windquant.plan import Plan
-from windquant.report import charts, plan_picture, svg
+from windquant.report import figure, plan_picture, svg
 from windquant.report.plan_picture import WIDTHS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -107,8 +107,8 @@ def test_scales_map_ends_to_ends() -> None:
 
 def test_commands_for_many_results_are_short_and_mean_the_same() -> None:
     names = [f"results/m_{bits}bits{baseline}.json" for bits in ("2.0", "2.5") for baseline in ("", ".greedy")]
-    command = charts.make(*names)
+    command = figure.make(*names)
     assert command == "snakemake --cores all results/m_{2.0bits,2.0bits.greedy,2.5bits,2.5bits.greedy}.json"
     expanded = subprocess.run(["bash", "-c", command.replace("snakemake", "echo")], capture_output=True, text=True)
     assert expanded.stdout.split()[2:] == names
-    assert charts.make("a.json", "b.json", "a.json") == "snakemake --cores all a.json b.json"
+    assert figure.make("a.json", "b.json", "a.json") == "snakemake --cores all a.json b.json"

@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import yaml
+from moto.server import ThreadedMotoServer
 
 from tests.workflow.conftest import BITS, LOCAL, MODEL, ROOT, tiny_config
 
@@ -36,8 +36,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip(f"SLURM is not installed: no {', '.join(MISSING)}")
     if os.getuid() != 0:
         pytest.skip("slurmd has to be root")
-    if find_spec("snakemake_executor_plugin_slurm") is None:
-        pytest.skip("snakemake-executor-plugin-slurm is not installed: pip install windquant[cluster]")
     if Path("/etc/slurm/slurm.conf").exists():
         pytest.skip("this machine belongs to a SLURM cluster")
     folder = tmp_path_factory.mktemp("slurm")
@@ -134,11 +132,6 @@ class Cluster(BaseHTTPRequestHandler):
 
 
 def test_the_jobs_that_kubernetes_is_sent(clone: Callable[[], Path], tmp_path: Path) -> None:
-    for plugin in ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_s3", "moto"):
-        if find_spec(plugin) is None:
-            pytest.skip(f"{plugin} is not installed: pip install windquant[cluster,dev]")
-    from moto.server import ThreadedMotoServer
-
     storage = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     storage.start()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Cluster)

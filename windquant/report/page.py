@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 from windquant.progress import duration
-from windquant.report import charts
-from windquant.report.charts import Figure, Row
+from windquant.report import model_charts, result_charts
+from windquant.report.figure import Figure, Row, make
 from windquant.report.gather import Experiment, Peer, by_model
 from windquant.report.svg import STYLE, THEME
 
@@ -56,8 +56,8 @@ def page(found: Sequence[Experiment], peers: Sequence[Peer] = ()) -> str:
         parts.append(_heading(name, _anchor(name), first=index == 0))
         parts.append(table(overview(entries)))
         parts.append(figures([
-            *charts.perplexity(name, entries, of_model), charts.accuracy(name, entries), charts.proxy(name, entries),
-            charts.shares(name, entries),
+            *model_charts.perplexity(name, entries, of_model), model_charts.accuracy(name, entries),
+            model_charts.proxy(name, entries), model_charts.shares(name, entries),
         ]))  # fmt: skip
         if of_model:
             parts += ["<h3>Other tools on the same text</h3>", table(peer_table(of_model))]
@@ -67,7 +67,7 @@ def page(found: Sequence[Experiment], peers: Sequence[Peer] = ()) -> str:
             parts.append("<p>The search's plan could not be used: this is the Lagrangian one.</p>")
         elif e.plan and (reason := e.plan.search.get("reason")):
             parts.append(f"<p>The plan is the {escape(e.plan.search['chosen'])} one: {escape(reason)}.</p>")
-        drawn = [draw(e) for draw in charts.OF_RESULT]
+        drawn = [draw(e) for draw in result_charts.PICTURES]
         parts.append(figures(drawn))
         missing = [name for name in ("plan", "quantized") if e.manifest(name) is None]
         if missing:
@@ -142,7 +142,7 @@ def peer_table(peers: Sequence[Peer]) -> list[Row]:
 def making(e: Experiment) -> list[Row]:
     """Commit, versions, machine and digests of a result."""
     entry = e.result
-    rows: list[Row] = [("", ""), ("file", str(e.path)), ("made by", charts.make(e.path)), ("seed", str(entry["seed"]))]
+    rows: list[Row] = [("", ""), ("file", str(e.path)), ("made by", make(e.path)), ("seed", str(entry["seed"]))]
     rows.append(("commit", entry["git_commit"] or "outside of git"))
     rows.append(("configuration", entry["config_sha256"]))
     if (manifest := e.manifest("quantized")) and manifest.machine:
