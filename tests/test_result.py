@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from windquant import comparison, result, step, summary, tracking
+from windquant import comparison, result, result_file, step, summary, tracking
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.plan import Plan
@@ -127,7 +127,7 @@ def assemble(inputs: dict[str, str], output: str = "results/r.json", *argv: str)
     step.main(
         "result", result.run, result.Settings, tuple(inputs), argv=[*flags, "--output", output, *argv], light=True
     )
-    return result.load(Path(output))
+    return result_file.load(Path(output))
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def test_every_key_is_measured() -> None:
     assert found["peak_memory_bytes"]["recovery"] == manifest.peak_memory_bytes
     assert found["data"]["quantized"] == manifest.output["sha256"]
     assert found["versions"] == manifest.versions
-    assert set(found["seconds"]) == set(result.STEPS)
+    assert set(found["seconds"]) == set(result_file.STEPS)
     notes = Manifest.load(Path("results/r.json")).notes
     assert notes == {"checkpoint_bytes": SIZE, "original_fp16_bytes": 4 * SIZE}  # 4 bits instead of 16
     again = assemble(inputs, "results/again.json", "--config-sha256", "a" * 64)
@@ -232,7 +232,7 @@ def test_files_that_are_no_results() -> None:
     for content in ("{", "{}", json.dumps({**assemble(chain()), "more": 1})):
         Path("x.json").write_text(content)
         with pytest.raises(WindquantError, match=r"x\.json: "):
-            result.load(Path("x.json"))
+            result_file.load(Path("x.json"))
 
 
 def test_the_parent_run_gets_the_result() -> None:

@@ -9,8 +9,6 @@ cloze.jsonl and next_sentence.jsonl (zero-shot records, where the evaluation tex
 import hashlib
 import json
 import random
-import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from windquant import articles, models, sources, step
+from windquant import models, sources, step, texts
 from windquant.articles import Article
 from windquant.errors import WindquantError
 from windquant.evaluation import tasks
@@ -89,7 +87,7 @@ def run(task: step.Task, settings: Settings) -> None:
     tokenizer = models.load_tokenizer(task.inputs["model"])
     splits = split_texts(settings)
     tokens: dict[str, Tensor] = {}
-    info: dict[str, Any] = {"source": _origin(settings), "test_name": splits.test_name, "splits": {}}
+    info: dict[str, Any] = {"source": texts.origin(settings), "test_name": splits.test_name, "splits": {}}
     for name in ("calibration", "reward", "recovery"):
         prefix = "" if name == "calibration" else f"{name}_"
         count, length = getattr(settings, f"{prefix}samples"), getattr(settings, f"{prefix}length")
@@ -128,15 +126,15 @@ class Splits:
 
 def split_texts(settings: Settings) -> Splits:
     """Read the sources and deal their documents out. The seed has no part in it: every seed has the same test text."""
-    texts = _documents(settings)
+    found = texts.documents(settings)
     test_source = "same" if settings.test_source == settings.source == "articles" else settings.test_source
     if test_source == "same":
         names = {"articles": "wikipedia", "hub": settings.dataset.rpartition("/")[2], "file": Path(settings.path).stem}
-        return Splits(deal(texts, {**TRAINING, **HELD_OUT}), names[settings.source])
-    documents = deal(texts, TRAINING)
+        return Splits(deal(found, {**TRAINING, **HELD_OUT}), names[settings.source])
+    documents = deal(found, TRAINING)
     match test_source:
         case "articles":
-            held_out = deal(_wikipedia(), {**TRAINING, **HELD_OUT})
+            held_out = deal(texts.wikipedia(), {**TRAINING, **HELD_OUT})
             return Splits({**documents, "test": held_out["test"], "tasks": held_out["tasks"]}, "wikipedia")
         case "hub":
             rows = sources.hub_rows(
@@ -149,13 +147,13 @@ def split_texts(settings: Settings) -> Splits:
             )
             name = settings.test_subset or settings.test_dataset.rpartition("/")[2]
         case _:
-            path = _existing("calibration.test_path", settings.test_path)
+            path = texts.existing("calibration.test_path", settings.test_path)
             if settings.source == "file" and path.resolve() == Path(settings.path).expanduser().resolve():
                 raise WindquantError(
                     "calibration.test_path: the same file as calibration.path, so the test text would be trained on; "
                     "use test_source: same, which holds a part out"
                 )
-            text, name = _read_text("calibration.test_path", path), path.stem
+            text, name = texts.read_text("calibration.test_path", path), path.stem
             # The Hub's WikiText-2 keeps the line break of a row, except in empty ones.
             rows = [line if line.strip() else "" for line in text.splitlines(True)] if test_source == "rows" else [text]
     return Splits({**documents, "test": [Article(name, ["\n\n".join(rows)])], "tasks": []}, name)
@@ -248,76 +246,6 @@ def _write_records(folder: Path, documents: list[Article], settings: Settings) -
             (folder / f"{name}.jsonl").write_text("".join(lines))
             written[name] = len(records)
     return written
-
-
-def _documents(settings: Settings) -> list[Article]:
-    """The documents of `source`."""
-    match settings.source:
-        case "articles":
-            return _wikipedia()
-        case "hub":
-            rows = sources.hub_rows(
-                "calibration.dataset",
-                settings.dataset,
-                settings.subset,
-                settings.split,
-                settings.columns,
-                "or set calibration.source: file and calibration.path: <a local text file>",
-            )
-            return [Article(f"row {index}", [row]) for index, row in enumerate(rows) if row.strip()]
-    path = _existing("calibration.path", settings.path)
-    text = _read_text("calibration.path", path)
-    if path.suffix == ".jsonl":
-        texts = [_row_text(line, number, path, settings.columns) for number, line in enumerate(text.splitlines(), 1)]
-    else:
-        parts = re.split(r"\n\s*\n", text)
-        texts = [part.strip() for part in (parts if len(parts) > 1 else text.splitlines())]
-    texts = list(dict.fromkeys(filter(None, texts)))  # a repeated document would be in two splits
-    return [Article(f"document {index}", [text]) for index, text in enumerate(texts, 1)]
-
-
-def _wikipedia() -> list[Article]:
-    with tempfile.TemporaryDirectory() as scratch:
-        return articles.read_dump(sources.fetch(sources.ARTICLES, Path(scratch)))
-
-
-def _row_text(line: str, number: int, path: Path, columns: tuple[str, ...]) -> str:
-    try:
-        row = json.loads(line)
-        return str(row["text"]) if "text" in row else "\n".join(str(row[column]) for column in columns)
-    except (ValueError, KeyError, TypeError) as error:
-        raise WindquantError(
-            f"calibration.path: line {number} of {path} is no JSON object with a text or the columns "
-            f"{', '.join(columns)} ({error!r})"
-        ) from error
-
-
-def _existing(key: str, value: str) -> Path:
-    path = Path(value).expanduser()
-    if not value or not path.is_file():
-        raise WindquantError(f"{key}: {value or 'missing'}; give a text file that exists")
-    return path
-
-
-def _read_text(key: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise WindquantError(f"{key}: {path} is not UTF-8 text ({error})") from error
-
-
-def _origin(settings: Settings) -> dict[str, str]:
-    """Where the two texts came from, for info.json and the tracking."""
-    wikipedia = sources.ARTICLES.origin
-    training = {"articles": wikipedia, "hub": f"hub:{settings.dataset}", "file": f"file:{settings.path}"}
-    test = {
-        "same": training[settings.source],
-        "articles": wikipedia,
-        "hub": f"hub:{settings.test_dataset}/{settings.test_subset}",
-        "file": f"file:{settings.test_path}",
-        "rows": f"file:{settings.test_path}",
-    }
-    return {"training": training[settings.source], "test": test[settings.test_source]}
 
 
 if __name__ == "__main__":

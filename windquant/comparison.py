@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from windquant import result
+from windquant import result_file
 from windquant.errors import WindquantError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Settings:
 def run(task: "Task", settings: Settings) -> None:
     import pandas as pd
 
-    results = [result.load(path) for path in task.files["results"]]
+    results = [result_file.load(path) for path in task.files["results"]]
     for key in ("model", "target_bits"):
         values = sorted({str(entry[key]) for entry in results})
         if len(values) != 1:

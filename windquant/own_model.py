@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from windquant import atomic, configuration, manifest, result, summary
+from windquant import atomic, configuration, manifest, result_file, summary
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 
@@ -201,7 +201,7 @@ def deliver(checkpoint: Path, path: Path, out: Path) -> None:
     with atomic.output(out) as partial:
         shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(manifest.SNAKEMAKE_MARK))
         card = partial / "README.md"
-        card.write_text(f"{card.read_text().rstrip()}\n\n{measured(result.load(path), Manifest.load(path).notes)}")
+        card.write_text(f"{card.read_text().rstrip()}\n\n{measured(result_file.load(path), Manifest.load(path).notes)}")
         shutil.copyfile(path, partial / RESULT)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from windquant import result
+from windquant import result_file
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -71,7 +71,7 @@ def show(path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    entry = result.load(path)
+    entry = result_file.load(path)
     notes = Manifest.load(path).notes if manifest_path(path).exists() else {}
     console = Console()
     by = "Lagrangian fallback" if entry["fallback"] else entry["allocator"]

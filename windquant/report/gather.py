@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from windquant import result
+from windquant import result_file
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -99,7 +99,7 @@ def experiments(paths: Sequence[Path]) -> list[Experiment]:
 
 
 def experiment(path: Path) -> Experiment:
-    entry = result.load(path)
+    entry = result_file.load(path)
     manifest = Manifest.load(path) if manifest_path(path).is_file() else None
     inputs = {name: Path(value["path"]) for name, value in manifest.inputs.items()} if manifest else {}
     return Experiment(path, entry, inputs)

@@ -1,0 +1,84 @@
+"""The documents of the calibration set: Wikipedia articles, a file, or a data set of the Hub."""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from windquant import articles, sources
+from windquant.articles import Article
+from windquant.errors import WindquantError
+
+if TYPE_CHECKING:
+    from windquant.calibration import Settings
+
+
+def documents(settings: "Settings") -> list[Article]:
+    """The documents of `source`."""
+    match settings.source:
+        case "articles":
+            return wikipedia()
+        case "hub":
+            rows = sources.hub_rows(
+                "calibration.dataset",
+                settings.dataset,
+                settings.subset,
+                settings.split,
+                settings.columns,
+                "or set calibration.source: file and calibration.path: <a local text file>",
+            )
+            return [Article(f"row {index}", [row]) for index, row in enumerate(rows) if row.strip()]
+    path = existing("calibration.path", settings.path)
+    text = read_text("calibration.path", path)
+    if path.suffix == ".jsonl":
+        texts = [_row_text(line, number, path, settings.columns) for number, line in enumerate(text.splitlines(), 1)]
+    else:
+        parts = re.split(r"\n\s*\n", text)
+        texts = [part.strip() for part in (parts if len(parts) > 1 else text.splitlines())]
+    texts = list(dict.fromkeys(filter(None, texts)))  # a repeated document would be in two splits
+    return [Article(f"document {index}", [text]) for index, text in enumerate(texts, 1)]
+
+
+def wikipedia() -> list[Article]:
+    with tempfile.TemporaryDirectory() as scratch:
+        return articles.read_dump(sources.fetch(sources.ARTICLES, Path(scratch)))
+
+
+def _row_text(line: str, number: int, path: Path, columns: tuple[str, ...]) -> str:
+    try:
+        row = json.loads(line)
+        return str(row["text"]) if "text" in row else "\n".join(str(row[column]) for column in columns)
+    except (ValueError, KeyError, TypeError) as error:
+        raise WindquantError(
+            f"calibration.path: line {number} of {path} is no JSON object with a text or the columns "
+            f"{', '.join(columns)} ({error!r})"
+        ) from error
+
+
+def existing(key: str, value: str) -> Path:
+    path = Path(value).expanduser()
+    if not value or not path.is_file():
+        raise WindquantError(f"{key}: {value or 'missing'}; give a text file that exists")
+    return path
+
+
+def read_text(key: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WindquantError(f"{key}: {path} is not UTF-8 text ({error})") from error
+
+
+def origin(settings: "Settings") -> dict[str, str]:
+    """Where the two texts came from, for info.json and the tracking."""
+    wikipedia = sources.ARTICLES.origin
+    training = {"articles": wikipedia, "hub": f"hub:{settings.dataset}", "file": f"file:{settings.path}"}
+    test = {
+        "same": training[settings.source],
+        "articles": wikipedia,
+        "hub": f"hub:{settings.test_dataset}/{settings.test_subset}",
+        "file": f"file:{settings.test_path}",
+        "rows": f"file:{settings.test_path}",
+    }
+    return {"training": training[settings.source], "test": test[settings.test_source]}
