@@ -76,7 +76,7 @@ def of_folder(folder: Path) -> dict[str, object]:
 
 def test_too_little_memory_is_told_with_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = of_folder(tmp_path)
-    monkeypatch.setattr(estimate, "total_memory", lambda: 24 * 2**30)
+    monkeypatch.setattr(estimate.memory, "total", lambda: 24 * 2**30)
     with pytest.raises(WindquantError, match=r"big at 2 bits: the step \w+ needs about .* GB of memory, this machine"):
         estimate.check_room(resolved, 2.0, "ppo", 2, False)
     monkeypatch.setenv(estimate.FORCE, "1")
@@ -85,14 +85,14 @@ def test_too_little_memory_is_told_with_the_estimate(tmp_path: Path, monkeypatch
 
 def test_too_little_disk_is_told_with_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = of_folder(tmp_path)
-    monkeypatch.setattr(estimate, "total_memory", lambda: 2**50)
+    monkeypatch.setattr(estimate.memory, "total", lambda: 2**50)
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
     with pytest.raises(WindquantError, match=r"the results need about .* GB of disk, 1\.0 GB are free here"):
         estimate.check_room(resolved, 2.0, "ppo", 2, False)
 
 
 def test_the_embedded_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "total_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr(estimate.memory, "total", lambda: 8 * 2**30)
     estimate.check_room(EMBEDDED, 2.0, "ppo", 2, False)
 
 

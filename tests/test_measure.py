@@ -1,16 +1,19 @@
 """The loss meter: exact where nothing is lost, ordered by the bits, and close to real quantization."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from tests.families import Prepared, in_float32, prepare, uniform
-from windquant import calibration, models
+from windquant import calibration, memory, models, streaming
 from windquant.bank import Bank
+from windquant.decoder import decoder_layers
 from windquant.feedback import column_order
 from windquant.measure import LossMeter
 from windquant.quantize import layouts_of, quantize_model
@@ -22,10 +25,10 @@ def prepared(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return prepare(tmp_path_factory.mktemp("measure"), tiny_model_folder)
 
 
-def make(prepared: Prepared, seed: int = 0, tokens: int = 4096) -> LossMeter:
+def make(prepared: Prepared, seed: int = 0, tokens: int = 4096, whole: bool | None = None) -> LossMeter:
     bank = Bank.load(prepared.bank)
     with in_float32():
-        return LossMeter(prepared.model, prepared.calibration, prepared.statistics, bank, tokens, seed)
+        return LossMeter(prepared.model, prepared.calibration, prepared.statistics, bank, tokens, seed, whole)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +68,26 @@ def test_numbers_follow_from_the_seed_alone(meter: LossMeter, prepared: Prepared
     assert [other.loss_gap(plan) for plan in plans] != first
 
 
+def dressed(meter: LossMeter, plan: np.ndarray) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of every linear its place in the bank, its weight under the plan (noise as drawn), and the original one."""
+    relative = torch.from_numpy(np.append(meter.relative[np.arange(len(plan)), plan], 0.0)).float()
+    for layer, _ in streaming.walk(meter.model):
+        originals = {index: parameter.detach().clone() for index, parameter in meter.parameters(layer)}
+        signs = meter.stand_ins(layer, relative)
+        next(signs)
+        yield from ((index, parameter.detach(), originals[index]) for index, parameter in meter.parameters(layer))
+        assert list(signs) == [-1]
+        for index, parameter in meter.parameters(layer):
+            assert torch.equal(parameter, originals[index]), "what was lent comes back as it was"
+
+
 def test_protected_columns_are_left_alone(meter: LossMeter, prepared: Prepared) -> None:
-    meter.loss_gap(choice(meter, "scalar-1"))
     statistics = Statistics.load(prepared.statistics)
-    original = models.load(prepared.model)
-    for linear, (parameter, *_) in zip(meter.bank.linears, meter.parts, strict=True):
+    for index, weight, original in dressed(meter, choice(meter, "scalar-1")):
+        linear = meter.bank.linears[index]
         protected = round(0.03 * linear.columns)
         order = column_order(statistics.energy[linear.group], "saliency", 32, protected)
-        same = (parameter.cpu() == original.get_parameter(f"{linear.name}.weight")).float().mean(0)
+        same = (weight == original).float().mean(0)
         assert protected > 0
         assert (same[order[:protected]] == 1).all()
         assert (same[order[protected:]] < 0.1).all()
@@ -83,21 +98,60 @@ def test_each_unit_is_shaken_by_its_own_action(meter: LossMeter) -> None:
     plan = choice(meter, "skip")
     unit = int(np.flatnonzero(meter.bank.linear == 2)[1])
     plan[unit] = 0
-    meter.loss_gap(plan)
-    for index, (parameter, weight, _, unit_of) in enumerate(meter.parts):
-        changed = (parameter != weight).any(0)
-        assert torch.equal(changed, unit_of == unit)
+    for index, weight, original in dressed(meter, plan):
+        changed = (weight != original).any(0)
+        assert torch.equal(changed, meter.unit_of[index] == unit)
         assert changed.any() == (index == 2)
 
 
 def test_the_stand_in_has_the_banks_error(meter: LossMeter) -> None:
     """E |w' - w|^2 = q |w|^2: what is taken away and what is shaken make up the unit's relative error together."""
-    meter.loss_gap(choice(meter, "scalar-1"))
-    for index, (parameter, weight, _, unit_of) in enumerate(meter.parts):
+    for index, weight, original in dressed(meter, choice(meter, "scalar-1")):
         for unit in np.flatnonzero(meter.bank.linear == index)[:2]:  # whole chunks
-            columns = unit_of == int(unit)
-            error = (parameter - weight)[:, columns].square().sum() / weight[:, columns].square().sum()
+            columns = meter.unit_of[index] == int(unit)
+            error = (weight - original)[:, columns].square().sum() / original[:, columns].square().sum()
             assert error.item() == pytest.approx(meter.relative[unit, 0], rel=0.25)
+
+
+def test_a_streamed_model_measures_the_same_to_the_last_bit(prepared: Prepared, meter: LossMeter) -> None:
+    """Its noise is drawn anew for every plan, and one layer has weights at a time."""
+    streamed = make(prepared, whole=False)
+    assert hasattr(streamed.model, streaming.SOURCE)
+    assert (streamed.original, streamed.other_original) == (meter.original, meter.other_original)
+    assert np.array_equal(streamed.relative, meter.relative)
+    for name in ("scalar-1", "scalar-3"):
+        assert streamed.loss_gap(choice(meter, name)) == meter.loss_gap(choice(meter, name))
+    assert not streamed.noise.kept
+    assert len(meter.noise.kept) == len(meter.bank.linears)
+    _, layers = decoder_layers(streamed.model)
+    assert all(parameter.is_meta for layer in layers for parameter in layer.parameters())
+
+
+def test_where_model_and_noise_do_not_fit_they_are_streamed(
+    prepared: Prepared, meter: LossMeter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 2 * 4 * sum(parameter.numel() for parameter in meter.model.parameters())  # weights and noise, float32
+    for room, whole in ((1.1 * size, True), (0.9 * size, False)):
+        monkeypatch.setenv(memory.LIMIT, str(room / memory.SHARE / memory.GIB))
+        assert hasattr(make(prepared).model, streaming.SOURCE) != whole
+
+
+def test_plans_are_confirmed_as_really_quantized_models(prepared: Prepared, meter: LossMeter) -> None:
+    statistics = Statistics.load(prepared.statistics)
+    texts = calibration.load(prepared.calibration)
+    plans = [uniform(prepared, "scalar-1.5"), uniform(prepared, "scalar-3")]
+    ids = texts.reward.long()  # short as it is, all of it serves both
+    seen: list[int] = []
+    with in_float32(), torch.no_grad():
+        gaps = meter.confirm(plans, seen.append)
+        for plan, gap in zip(plans, gaps, strict=True):
+            model = models.load(prepared.model)
+            layouts = layouts_of(plan, statistics.linears)
+            quantize_model(model, layouts, "saliency", statistics, texts.calibration.long(), 16, int)
+            loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+            assert gap == pytest.approx(loss - meter.other_original, rel=1e-4)
+    assert seen == [1] * 2 * len(meter.bank.linears)
+    assert gaps[1] < gaps[0]
 
 
 def test_tokens_bound_the_text(prepared: Prepared, meter: LossMeter) -> None:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from windquant import configuration, presets
+from windquant import configuration, memory, presets
 from windquant.errors import WindquantError
 from windquant.progress import duration
 
@@ -310,10 +310,10 @@ def check_room(resolved: Settings, bits: float, allocator: str, cores: int, on_g
         wanted["allocation"] = wanted["bank"]
     name = resolved["model"]["name"]
     step, most = max(wanted.items(), key=lambda item: item[1].memory)
-    if most.memory > (memory := total_memory()):
+    if most.memory > (there := memory.total()):
         raise WindquantError(
             f"{name} at {bits:g} bits: the step {step} needs about {_size(most.memory)} of memory, this machine has "
-            f"{_size(memory)} (python -m windquant estimate {name} --bits {bits:g} shows every step); use a machine "
+            f"{_size(there)} (python -m windquant estimate {name} --bits {bits:g} shows every step); use a machine "
             f"with more, or set {FORCE}=1 to try"
         )
     disk = sum(need.disk for key, need in wanted.items() if key != "model" or not _made(name))
@@ -326,15 +326,6 @@ def check_room(resolved: Settings, bits: float, allocator: str, cores: int, on_g
 
 def _made(name: str) -> bool:
     return (Path("resources/models") / name).exists()
-
-
-def total_memory() -> int:
-    """Bytes of the machine's memory, or of what the container's control group allows."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            found = min(found, int(text))
-    return found
 
 
 def _size(value: float) -> str:

@@ -9,9 +9,14 @@ where q is the bank's error of the action relative to losing the chunk. Every pl
 and once with the opposite sign: what the loss changes along the noise cancels, and its curvature, which is what a plan
 is about, remains. A search that takes the best of many plans is misled by what the stand-in has wrong, so its winner is
 confirmed on other text, and as a really quantized model.
+
+A plan is one walk through the decoder layers, with both signs of the noise in it. Where model and noise do not fit into
+memory, every walk reads the layers from the files and draws their noise again: the same numbers, in a layer's memory.
 """
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,78 +25,123 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from windquant import calibration, compute, models
+from windquant import calibration, compute, decoder, memory, models, streaming
 from windquant.bank import Bank
 from windquant.feedback import column_order
+from windquant.flow import Flow, Precision
 from windquant.plan import Plan
-from windquant.quantize import layouts_of, quantize_model
+from windquant.quantize import layouts_of, quantized_linears
 from windquant.statistics import Statistics
 from windquant.units import protected_count
 
 CONFIRM_SAMPLES = 16  # calibration samples for quantizing a plan that is to be confirmed
+BATCH = 8  # windows at a time
+SIGNS = (1, -1)
 
 
 class LossMeter:
-    """Holds the original weights and one draw of noise; about 4 bytes per weight beside the model."""
+    """Measures plans on the original model and one draw of noise: 4 bytes per weight, or those of a layer."""
 
     def __init__(
-        self, model: Path, calibration_set: Path, statistics: Path, bank: Bank, tokens: int = 2048, seed: int = 0
+        self,
+        model: Path,
+        calibration_set: Path,
+        statistics: Path,
+        bank: Bank,
+        tokens: int = 2048,
+        seed: int = 0,
+        whole: bool | None = None,
     ) -> None:
-        """`tokens` of the reward split are for `loss_gap`, the rest for `confirm`."""
+        """`tokens` of the reward split are for `loss_gap`, the rest for `confirm`.
+
+        whole: whether model and noise stay in memory; None: where they fit (memory.py). The losses are the same.
+        """
         dtype = torch.bfloat16 if compute.native_bfloat16() else torch.float32
         self.bank, self.folder = bank, model
-        self.model = compute.move(models.load(model, dtype))
+        if whole is None:
+            whole = memory.fits(memory.SEARCH * dtype.itemsize * streaming.open_source(model).parameters)
+        if whole:
+            self.model = compute.move(models.load(model, dtype))
+        else:
+            self.model = streaming.load(model, dtype_name=str(dtype).removeprefix("torch."))
+        self.device = decoder.device_of(self.model)
         texts = calibration.load(calibration_set)
         self.samples = texts.calibration[:CONFIRM_SAMPLES].long()
         self.statistics = Statistics.load(statistics)
-        reward = texts.reward.long().to(compute.device())
+        reward = texts.reward.long().to(self.device)
         windows = min(max(1, tokens // reward.shape[1]), len(reward))
         self.ids, self.other = reward[:windows], reward[windows:] if windows < len(reward) else reward
-        self.seed = seed
+        self.noise = Noise(seed, self.device, whole)
         self._prepare()
-        self.original, self.other_original = self._loss(self.model, self.ids), self._loss(self.model, self.other)
 
+    @torch.no_grad()
     def _prepare(self) -> None:
-        statistics = self.statistics
-        units = self.bank.units
+        """The original's losses, every action's relative error, and the noise of every linear, in one walk."""
         self.relative = np.empty_like(self.bank.errors)  # [U, A], in [0, 1]
-        # by linear: its parameter, the original weight, noise of the same size, the unit of every column
-        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        generator = torch.Generator().manual_seed(self.seed)
-        for index, linear in enumerate(self.bank.linears):
-            parameter = self.model.get_parameter(f"{linear.name}.weight")
-            weight = parameter.detach().float().cpu()
-            energy = statistics.energy[linear.group]
-            protected = protected_count(linear.columns, units.protected)
-            order = column_order(energy, units.order, units.chunk, protected)
-            place = protected
-            noise = torch.randn(weight.shape, generator=generator)
-            unit_of = torch.full((linear.columns,), -1)
-            for unit in np.flatnonzero(self.bank.linear == index):
-                columns = order[place : place + self.bank.width[unit]]
-                place += len(columns)
-                unit_of[columns] = int(unit)
-                noise[:, columns] *= weight[:, columns].square().mean(1, keepdim=True).sqrt()
-                lost = 0.5 * (statistics.fisher[linear.name] @ weight[:, columns].square() @ energy[columns]).item()
-                self.relative[unit] = np.clip(self.bank.errors[unit] / max(lost, 1e-30), 0, 1)
-            device, dtype = parameter.device, parameter.dtype
-            self.parts.append((parameter, parameter.detach().clone(), noise.to(device, dtype), unit_of.to(device)))
+        self.unit_of = [self._units(index) for index in range(len(self.bank.linears))]
+        texts = (self.ids, self.other)
+        flows = [self._flow(self.model, ids) for ids in texts]
+        for place, layer in streaming.walk(self.model):
+            for flow in flows:
+                flow.through(layer, place)
+            for index, parameter in self.parameters(place):
+                weight = parameter.detach()
+                linear = self.bank.linears[index]
+                energy = self.statistics.energy[linear.group].to(self.device)
+                fisher = self.statistics.fisher[linear.name].to(self.device)
+                for unit, columns in units(self.unit_of[index]):
+                    lost = 0.5 * (fisher @ weight[:, columns].float().square() @ energy[columns]).item()
+                    self.relative[unit] = np.clip(self.bank.errors[unit] / max(lost, 1e-30), 0, 1)
+                self.noise.of(index, weight, self.unit_of[index])
+        pairs = zip(flows, texts, strict=True)
+        self.original, self.other_original = (self._loss(self.model, flow, ids) for flow, ids in pairs)
+
+    def _units(self, index: int) -> Tensor:
+        """The unit of every column of a linear, -1 for protected ones: int64 [columns]."""
+        linear, cut = self.bank.linears[index], self.bank.units
+        protected = protected_count(linear.columns, cut.protected)
+        order = column_order(self.statistics.energy[linear.group], cut.order, cut.chunk, protected)
+        own = np.flatnonzero(self.bank.linear == index)
+        unit_of = torch.full((linear.columns,), -1)
+        unit_of[order[protected:]] = torch.from_numpy(np.repeat(own, self.bank.width[own]))
+        return unit_of.to(self.device)
+
+    def parameters(self, layer: int) -> list[tuple[int, nn.Parameter]]:
+        """The linears of a decoder layer that is lent: place in the bank, and weight."""
+        linears = enumerate(self.bank.linears)
+        return [(i, self.model.get_parameter(f"{entry.name}.weight")) for i, entry in linears if entry.layer == layer]
 
     @torch.no_grad()
     def loss_gap(self, choice: NDArray[np.int64]) -> float:
         """Loss of the plan `choice` [U] above the original's, nats per token; inf where it is not finite."""
         chosen = self.relative[np.arange(len(choice)), choice]
-        relative = torch.from_numpy(np.append(chosen, 0.0)).float()  # the last one: protected columns, index -1
-        losses = []
-        for sign in (1, -1):
-            for parameter, weight, noise, unit_of in self.parts:
-                q = relative.to(unit_of.device)[unit_of]
-                keep, shake = (1 - q).to(weight.dtype), (q * (1 - q)).sqrt().to(weight.dtype)
-                torch.addcmul(weight * keep, noise, sign * shake, out=parameter)
-            losses.append(self._loss(self.model, self.ids))
-        gap = sum(losses) / 2 - self.original
+        relative = torch.from_numpy(np.append(chosen, 0.0)).float().to(self.device)  # the last: protected, index -1
+        flows = [self._flow(self.model, self.ids) for _ in SIGNS]
+        for place, layer in streaming.walk(self.model):
+            for flow, _ in zip(flows, self.stand_ins(place, relative), strict=True):
+                flow.through(layer, place)
+        gap = sum(self._loss(self.model, flow, self.ids) for flow in flows) / len(SIGNS) - self.original
         return gap if np.isfinite(gap) else float("inf")
 
+    def stand_ins(self, layer: int, relative: Tensor) -> Iterator[int]:
+        """Put the stand-in's weights into a layer, for one sign after the other, and at last the original ones.
+
+        relative: float32 [U + 1], the errors of a plan's actions; the last is that of protected columns.
+        """
+        parts = []
+        for index, parameter in self.parameters(layer):
+            weight, unit_of = parameter.detach(), self.unit_of[index]
+            q = relative[unit_of]
+            keep, shake = (1 - q).to(weight.dtype), (q * (1 - q)).sqrt().to(weight.dtype)
+            parts.append((parameter, weight, self.noise.of(index, weight, unit_of), keep, shake))
+        for sign in SIGNS:
+            for parameter, weight, noise, keep, shake in parts:
+                parameter.data = (weight * keep).addcmul_(noise, sign * shake)
+            yield sign
+        for parameter, weight, *_ in parts:
+            parameter.data = weight
+
+    @torch.no_grad()
     def confirm(self, plans: list[Plan], update: Callable[[int], object]) -> list[float]:
         """Loss gaps of plans on the text that `loss_gap` never sees, after really quantizing the model.
 
@@ -99,19 +149,60 @@ class LossMeter:
         """
         gaps = []
         for plan in plans:
-            model = compute.move(models.load(self.folder))
+            model = streaming.load(self.folder)
             layouts = layouts_of(plan, self.statistics.linears)
-            quantize_model(model, layouts, plan.units.order, self.statistics, self.samples, CONFIRM_SAMPLES, update)
+            flow = self._flow(model, self.other, compute.autocast)
+            for _ in quantized_linears(
+                model, layouts, plan.units.order, self.statistics, self.samples, CONFIRM_SAMPLES, along=[flow]
+            ):
+                update(1)
             with compute.autocast():
-                gaps.append(self._loss(model, self.other) - self.other_original)
+                gaps.append(self._loss(model, flow, self.other) - self.other_original)
         return gaps
 
     @staticmethod
-    @torch.no_grad()
-    def _loss(model: nn.Module, ids: Tensor) -> float:
+    def _flow(model: nn.Module, ids: Tensor, precision: Precision = nullcontext) -> Flow:
+        return Flow(model, ids, BATCH, Path(tempfile.gettempdir()), precision)
+
+    @staticmethod
+    def _loss(model: nn.Module, flow: Flow, ids: Tensor) -> float:
+        """Mean loss of the hidden states behind the last layer, nats per token."""
         total = 0.0
-        for part in ids.split(8):
-            logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+        for part, hidden in zip(ids.split(BATCH), flow.batches(), strict=True):
+            logits = decoder.head(model, part, hidden)[:, :-1]
             for some, targets in zip(logits, part[:, 1:], strict=True):
                 total += F.cross_entropy(some.float(), targets, reduction="sum").item()
         return total / ids[:, 1:].numel()
+
+
+class Noise:
+    """A standard normal number for every weight, times the root mean square of its row and chunk.
+
+    Drawn once for the linears in their order, and kept or, from the generator's state at each, drawn again.
+    """
+
+    def __init__(self, seed: int, device: torch.device, keep: bool) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.keep = keep
+        self.kept: dict[int, Tensor] = {}
+        self.states: dict[int, Tensor] = {}
+
+    def of(self, index: int, weight: Tensor, unit_of: Tensor) -> Tensor:
+        """Of linear `index`, in the type of its weight [rows, columns]; for the first time in the linears' order."""
+        if index in self.kept:
+            return self.kept[index]
+        self.generator.set_state(self.states.setdefault(index, self.generator.get_state()))
+        noise = torch.randn(weight.shape, generator=self.generator, device=weight.device)
+        for _, columns in units(unit_of):
+            noise[:, columns] *= weight[:, columns].float().square().mean(1, keepdim=True).sqrt()
+        noise = noise.to(weight.dtype)
+        if self.keep:
+            self.kept[index] = noise
+        return noise
+
+
+def units(unit_of: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The units among the columns of a linear, and the columns of each."""
+    for unit in unit_of.unique().tolist():
+        if unit >= 0:
+            yield unit, (unit_of == unit).nonzero().flatten()

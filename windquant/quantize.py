@@ -8,7 +8,7 @@ from the files once.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,6 @@ def layouts_of(plan: Plan, linears: list[Linear]) -> dict[str, Layout]:
     return layouts
 
 
-@torch.no_grad()
 def quantize_model(
     model: nn.Module,
     layouts: dict[str, Layout],
@@ -81,9 +80,30 @@ def quantize_model(
     update: Callable[[int], object],
     scratch: Path | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Stored tensors by linear; the weights of a model in memory are replaced by what the codes stand for.
+    """Stored tensors by linear, of all of them; `update(1)` is called after each. See `quantized_linears`."""
+    result = {}
+    for name, tensors in quantized_linears(model, layouts, order, statistics, ids, batch, scratch):
+        result[name] = tensors
+        update(1)
+    return result
 
-    scratch: folder for hidden states that do not fit into memory; the system's own for temporary files otherwise.
+
+@torch.no_grad()
+def quantized_linears(
+    model: nn.Module,
+    layouts: dict[str, Layout],
+    order: str,
+    statistics: Statistics,
+    ids: Tensor,
+    batch: int,
+    scratch: Path | None = None,
+    along: Sequence[Flow] = (),
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The linears one after another, and the stored tensors of each.
+
+    The weights of a model in memory are replaced by what the codes stand for. scratch: folder for hidden states that do
+    not fit into memory; the system's own for temporary files otherwise. along: hidden states of other texts, which are
+    led through the quantized layers too.
     """
     prefix, _ = decoder.decoder_layers(model)
     linears = [layout.linear for layout in layouts.values()]
@@ -93,7 +113,6 @@ def quantize_model(
         )
         for linear in linears
     }
-    result: dict[str, dict[str, Tensor]] = {}
     flow = Flow(model, ids, batch, scratch or Path(tempfile.gettempdir()))
     for index, layer in streaming.walk(model):
         covariance = Covariance(owners(linears, index, prefix))
@@ -104,7 +123,7 @@ def quantize_model(
             if linear.layer != index:
                 continue
             weight = model.get_parameter(f"{linear.name}.weight")
-            result[linear.name], decoded = quantize_linear(
+            tensors, decoded = quantize_linear(
                 weight.float().cpu(),
                 orders[linear.group],
                 matrices[linear.group].cpu(),
@@ -112,9 +131,9 @@ def quantize_model(
                 statistics.fisher[linear.name],
             )
             weight.copy_(decoded)
-            update(1)
-        flow.through(layer, index)
-    return result
+            yield linear.name, tensors
+        for states in (flow, *along):
+            states.through(layer, index)
 
 
 if __name__ == "__main__":

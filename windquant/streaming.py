@@ -8,12 +8,16 @@
 where there is a GPU). So a pass over a model takes the memory of one layer in the computing precision and one as it is
 stored, whatever the model's depth. A packed checkpoint is decoded layer by layer.
 
-`walk` also takes a model that is in memory as a whole: then it only lends.
+`walk` also takes a model that is in memory as a whole: then it only lends. `on_call` lets other code call a streamed
+model (lm-eval): a layer's weights come when it is called.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,13 @@ class Source:
     entries: dict[str, Entry]
     layouts: dict[str, Layout]  # of the packed linears; none for an original model
     dtype: torch.dtype  # of the floating-point tensors once they are used
+
+    @property
+    def parameters(self) -> int:
+        """How many the model has; tied ones once."""
+        packed = {f"{name}.{part}" for name, layout in self.layouts.items() for part in layout.shapes()}
+        others = sum(math.prod(entry.shape) for name, entry in self.entries.items() if name not in packed)
+        return others + sum(layout.linear.weights for layout in self.layouts.values())
 
     def names(self, name: str) -> list[str]:
         """The stored tensors that make up a parameter or buffer of the model."""
@@ -154,26 +165,32 @@ def fill(model: nn.Module, without: Container[str]) -> None:
             _put(model, name, source.parameter(name) if source is not None and tensor.is_meta else tensor.cpu())
 
 
-def walk(model: nn.Module, order: Iterable[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
+def walk(model: nn.Module, order: Iterable[int] | None = None) -> Generator[tuple[int, nn.Module], None, None]:
     """Lend the decoder layers in `order` (all of them, first to last): index and layer, its weights on the device.
 
     A streamed layer loses its weights when the next one is asked for.
     """
     prefix, layers = decoder_layers(model)
-    wanted = list(range(len(layers)) if order is None else order)
+    wanted = iter(range(len(layers)) if order is None else order)
     source: Source | None = getattr(model, SOURCE, None)
     if source is None:
         yield from ((index, layers[index]) for index in wanted)
         return
-    names = {index: [f"{prefix}.{index}.{name}" for name in layers[index].state_dict()] for index in wanted}
     device = device_of(model)
+
+    def names(index: int) -> list[str]:
+        return [f"{prefix}.{index}.{name}" for name in layers[index].state_dict()]
+
+    def ask(index: int | None) -> tuple[int, Future[dict[str, Tensor]]] | None:
+        return None if index is None else (index, reader.submit(source.read, names(index)))
+
     with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(source.read, names[index]) for index in wanted[:1]]
-        for place, index in enumerate(wanted):
-            stored = coming.pop().result()
-            coming += [reader.submit(source.read, names[following]) for following in wanted[place + 1 : place + 2]]
-            empty = {name: _find(model, name) for name in names[index]}
-            for name in names[index]:
+        coming = ask(next(wanted, None))
+        while coming is not None:
+            index, stored = coming[0], coming[1].result()
+            coming = ask(next(wanted, None))
+            empty = {name: _find(model, name) for name in names(index)}
+            for name in empty:
                 _put(model, name, source.weight(name, stored, device))
             del stored
             try:
@@ -181,6 +198,31 @@ def walk(model: nn.Module, order: Iterable[int] | None = None) -> Iterator[tuple
             finally:
                 for name, tensor in empty.items():
                     _put(model, name, tensor)
+
+
+@contextmanager
+def on_call(model: nn.Module) -> Iterator[None]:
+    """Inside the block a streamed model can be called as any other: a layer has its weights until the next is called.
+
+    Every call of the model reads all of it, so batches should be large. Nothing happens to a model in memory.
+    """
+    _, layers = decoder_layers(model)
+    lent = walk(model, cycle(range(len(layers))))
+
+    def fetch(index: int) -> None:
+        while next(lent)[0] != index:  # after a call that ended half-way
+            pass
+
+    handles = []
+    if hasattr(model, SOURCE):
+        for index, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(lambda *_, index=index: fetch(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        lent.close()
 
 
 def _find(model: nn.Module, name: str) -> Tensor:

@@ -1,0 +1,40 @@
+"""How much memory a step may count on."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from windquant import memory
+from windquant.errors import WindquantError
+
+MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_limit_of_the_user_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < memory.total() <= MACHINE
+    monkeypatch.setenv(memory.LIMIT, "0.5")
+    assert memory.total() == memory.GIB // 2
+    assert memory.fits(0.59 * memory.GIB / 2)
+    assert not memory.fits(0.61 * memory.GIB / 2)
+    monkeypatch.setenv(memory.LIMIT, "1e9")
+    assert memory.total() <= MACHINE
+    monkeypatch.setenv(memory.LIMIT, "16GB")
+    with pytest.raises(WindquantError, match=r"WINDQUANT_MEMORY=16GB: not a number of GiB"):
+        memory.total()
+
+
+def test_the_smallest_limit_of_the_control_groups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"a": "max", "b": str(2**28), "c": str(2**40), "missing": None}
+    for name, text in limits.items():
+        if text is not None:
+            (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(memory, "_control_groups", lambda: [tmp_path / name for name in limits])
+    assert memory.total() == 2**28
+
+
+def test_the_groups_around_a_process_are_asked_too() -> None:
+    files = memory._control_groups()
+    if Path("/proc/self/cgroup").is_file():
+        assert any(file.parent in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")) for file in files)
+    assert all(file.name in ("memory.max", "memory.limit_in_bytes") for file in files)

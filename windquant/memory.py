@@ -1,0 +1,64 @@
+"""How much memory there is, and whether a model has a place in it as a whole.
+
+Steps that could hold a whole model (search, recovery, zero-shot tasks) do so where it takes at most SHARE of the
+memory, and go decoder layer by decoder layer elsewhere (streaming.py). The rule asks how much the machine has, not how
+much is free just now, so that a machine does the same every time, and the estimate can tell beforehand.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from windquant.errors import WindquantError
+
+GIB = 2**30
+LIMIT = "WINDQUANT_MEMORY"  # environment: GiB to count on where the machine has more
+SHARE = 0.6  # of the memory, for weights: the rest is for activations, logits and the process itself
+
+# Bytes a parameter of what a step holds besides activations where it holds the whole model.
+SEARCH = 2  # times the computing type's: weights and noise
+RECOVERY = 12  # the teacher in FP32, the student decoded and in slots
+
+
+def fits(size: float) -> bool:
+    """Whether weights of `size` bytes have a place where steps compute; `limit` says how."""
+    return size <= SHARE * limit()
+
+
+def limit() -> int:
+    """Bytes that a step may count on: of this machine, and of its GPU where torch computes with one."""
+    found = total()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found = min(found, torch.cuda.get_device_properties(0).total_memory)
+    return found
+
+
+def total() -> int:
+    """Bytes of the machine's memory, or of what its control groups or WINDQUANT_MEMORY allow."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _control_groups():
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            found = min(found, int(text))
+    if text := os.environ.get(LIMIT, ""):
+        try:
+            found = min(found, round(float(text) * GIB))
+        except ValueError:
+            raise WindquantError(f"{LIMIT}={text}: not a number of GiB, e.g. {LIMIT}=16") from None
+    return found
+
+
+def _control_groups() -> list[Path]:
+    """The files with the memory limits of this process's control groups and of those around them, versions 1 and 2."""
+    found = []
+    own = Path("/proc/self/cgroup")
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, name = ("/sys/fs/cgroup", "memory.max") if not controllers else (
+            "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        )  # fmt: skip
+        place = Path(root) / group.lstrip("/")
+        found += [folder / name for folder in (place, *place.parents) if folder.is_relative_to(root)]
+    return found
