@@ -12,10 +12,12 @@ from tests.checkpoint.making import Made, make
 from tests.families import Prepared, in_float32, prepare, run, uniform
 from windquant import calibration, checkpoint, compute, models, quantize, recovery, step
 from windquant.checkpoint.linear import PackedLinear
+from windquant.gains import GainLinear, regain, stored_gain
 from windquant.manifest import Manifest
 from windquant.packed import dequantize
 from windquant.presets import recovery_steps
-from windquant.recovery import GainLinear, divergence, kl_divergence, regain, schedule, stored_gain, trainable
+from windquant.recovery import trainable
+from windquant.tuning import divergence, kl_divergence, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +193,7 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def linears(made: Made) -> dict[str, tuple[PackedLinear, GainLinear]]:
     model = models.load(made.folder)
     found = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    return {name: (module, GainLinear(module, torch.float32)) for name, module in found.items()}
+    return {name: (module, GainLinear.of(module, torch.float32)) for name, module in found.items()}
 
 
 def some_gain(made: Made, name: str) -> Tensor:

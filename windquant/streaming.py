@@ -105,9 +105,12 @@ class Source:
             return value.to(self.dtype) if value.is_floating_point() else value
         layout = self.layouts[linear]
         parts = {part: stored[f"{linear}.{part}"].to(device, non_blocking=True) for part in layout.shapes()}
-        owner = layout.linear.group
-        order = packed_files.unpacked_order(self.layouts[owner], stored[f"{owner}.order"])
-        return dequantize(layout, parts, order.to(device)).to(self.dtype)
+        return dequantize(layout, parts, self.order(linear, stored).to(device)).to(self.dtype)
+
+    def order(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
+        """Column order of a packed linear, int64 [columns]; `stored` has the one of its group's owner."""
+        owner = self.layouts[linear].linear.group
+        return packed_files.unpacked_order(self.layouts[owner], stored[f"{owner}.order"])
 
 
 def load(folder: Path, device_name: str = "auto", dtype_name: str = "float32") -> PreTrainedModel:
