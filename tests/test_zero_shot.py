@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from windquant import calibration, models, step
+from windquant import calibration, memory, models, step, streaming
 from windquant.articles import Article
+from windquant.decoder import decoder_layers
 from windquant.errors import WindquantError
 from windquant.evaluation import local, zero_shot
 from windquant.evaluation.perplexity import token_losses
@@ -108,6 +111,53 @@ def test_scores_are_those_of_our_own_likelihoods(
     assert found["accuracy"] == pytest.approx(right / 12)
     assert found["stderr"] == pytest.approx((right / 12 * (1 - right / 12) / 11) ** 0.5)
     assert (found["samples"], found["metric"]) == (12, "acc")
+
+
+def test_a_streamed_model_scores_the_same_with_one_layer_in_memory(
+    tiny_model_folder: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(tiny_model_folder, artifact, tmp_path / "whole.json", "--limit", "12")
+    size = 4 * streaming.open_source(tiny_model_folder).parameters
+    monkeypatch.setenv(memory.LIMIT, str(0.9 * size / memory.SHARE / memory.GIB))
+    most = []
+    call = LlamaDecoderLayer.forward
+
+    def counted(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        most.append(sum(not parameter.is_meta for layer in layers(self) for parameter in layer.parameters()))
+        return call(self, *arguments, **options)
+
+    def layers(layer: nn.Module) -> list[nn.Module]:
+        return next(list(found) for found in lists if layer in found)
+
+    lists: list[nn.ModuleList] = []
+    load = streaming.load
+
+    def remembered(*arguments: Any) -> Any:
+        model = load(*arguments)
+        lists.append(decoder_layers(model)[1])
+        return model
+
+    monkeypatch.setattr(streaming, "load", remembered)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    streamed = evaluate(tiny_model_folder, artifact, tmp_path / "streamed.json", "--limit", "12")
+    assert streamed == whole
+    assert most
+    assert set(most) == {9}, "the weights of one layer: seven linears and two norms"
+
+
+def test_a_call_that_ended_half_way_does_no_harm(tiny_model_folder: Path) -> None:
+    whole, streamed = models.load(tiny_model_folder), streaming.load(tiny_model_folder)
+    ids = torch.arange(20)[None]
+    with torch.no_grad(), streaming.on_call(streamed):
+        _, layers = decoder_layers(streamed)
+        broken = layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            streamed(ids)
+        broken.remove()
+        for _ in range(2):
+            assert torch.equal(streamed(ids).logits, whole(ids).logits)
+    assert all(parameter.is_meta for layer in layers for parameter in layer.parameters())
+    assert not any(layer._forward_pre_hooks for layer in layers)
 
 
 def test_metric_by_length_where_a_task_has_it(tiny_model_folder: Path, artifact: Path, tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import windquant.checkpoint.linear  # noqa: F401  # loads packed checkpoints, so it belongs to the step's code
-from windquant import compute, models, sources, step
+from windquant import compute, kernels, memory, models, sources, step, streaming
 from windquant.errors import WindquantError
 from windquant.evaluation import local, tasks as embedded
 from windquant.evaluation.local import EMBEDDED, SPLITS
+
+STREAMED = 8  # times the batch where every batch reads the model from its files
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,27 @@ def run(task: step.Task, settings: Settings) -> None:
     files = {name: data_files(name, task.inputs["calibration"], settings.data_dir) for name in settings.tasks}
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         loaded = load_tasks(files, Path(scratch))  # before the model: an unknown task shows at once
-        model = models.load_for(task.inputs["checkpoint"], settings.device, settings.dtype)
+        model, batch = load(task.inputs["checkpoint"], settings.device, settings.dtype, settings.batch_size)
         tokenizer = models.load_tokenizer(task.inputs["checkpoint"])
-        results = evaluate(model, tokenizer, loaded, settings.limit, settings.batch_size, task.progress)
+        results = evaluate(model, tokenizer, loaded, settings.limit, batch, task.progress)
     scores = {name: score(results, name, settings.metric) for name in settings.tasks}
     task.metrics({f"accuracy.{name}": entry["accuracy"] for name, entry in scores.items()})
     task.note("task_versions", {name: results["versions"].get(name) for name in settings.tasks} if scores else {})
     task.output.write_text(json.dumps(scores, indent=1) + "\n")
+
+
+def load(folder: Path, device: str, dtype: str, batch: int) -> tuple[PreTrainedModel, int]:
+    """A checkpoint for `evaluate` and its batch: whole where it fits into memory (memory.py), else streamed.
+
+    A streamed model is read for every batch, so that is larger. A packed model stays packed where kernels compute.
+    """
+    source = streaming.open_source(folder)
+    where, chosen = models.place(models.configuration(folder), device, dtype)
+    packed = source.layouts and kernels.serve(where, chosen)
+    size = sum(entry.size for entry in source.entries.values()) if packed else chosen.itemsize * source.parameters
+    if memory.fits(size):
+        return models.load_for(folder, device, dtype), batch
+    return streaming.load(folder, device, str(chosen).removeprefix("torch.")), STREAMED * batch
 
 
 def data_files(name: str, calibration: Path, data_dir: str = "") -> dict[str, Path]:
@@ -163,13 +179,14 @@ def evaluate(
         task.set_config(key="num_fewshot", value=0)
     # Not `simple_evaluate`, which adds a report of the machine (pip list and more) that takes as long as small tasks.
     # One bootstrap iteration is none: the mean's standard error has a formula, and 0 would leave it out.
-    results: dict[str, Any] = run_tasks(
-        Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        {"tasks": {task.task_name: task for task in tasks}},
-        limit=limit or None,
-        bootstrap_iters=1,
-        log_samples=False,
-    )
+    with streaming.on_call(model):
+        results: dict[str, Any] = run_tasks(
+            Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            {"tasks": {task.task_name: task for task in tasks}},
+            limit=limit or None,
+            bootstrap_iters=1,
+            log_samples=False,
+        )
     return results
 
 
