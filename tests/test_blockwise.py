@@ -146,7 +146,7 @@ def test_auto_takes_the_whole_model_where_it_fits(
 ) -> None:
     size = memory.RECOVERY * streaming.open_source(three[0].model).parameters
     for room, scope in ((1.1 * size, "model"), (0.9 * size, "blocks")):
-        monkeypatch.setenv(memory.LIMIT, str(room / memory.SHARE / memory.GIB))
+        monkeypatch.setenv(memory.LIMIT, str(memory.needed(room) / memory.GIB))
         assert notes(recover(three, tmp_path / scope, steps=1))["scope"] == scope
 
 

@@ -132,7 +132,7 @@ def test_where_model_and_noise_do_not_fit_they_are_streamed(
 ) -> None:
     size = 2 * 4 * sum(parameter.numel() for parameter in meter.model.parameters())  # weights and noise, float32
     for room, whole in ((1.1 * size, True), (0.9 * size, False)):
-        monkeypatch.setenv(memory.LIMIT, str(room / memory.SHARE / memory.GIB))
+        monkeypatch.setenv(memory.LIMIT, str(memory.needed(room) / memory.GIB))
         assert hasattr(make(prepared).model, streaming.SOURCE) != whole
 
 
@@ -142,6 +142,7 @@ def test_plans_are_confirmed_as_really_quantized_models(prepared: Prepared, mete
     plans = [uniform(prepared, "scalar-1.5"), uniform(prepared, "scalar-3")]
     ids = texts.reward.long()  # short as it is, all of it serves both
     seen: list[int] = []
+    measured = meter.loss_gap(choice(meter, "scalar-2"))
     with in_float32(), torch.no_grad():
         gaps = meter.confirm(plans, seen.append)
         for plan, gap in zip(plans, gaps, strict=True):
@@ -151,6 +152,7 @@ def test_plans_are_confirmed_as_really_quantized_models(prepared: Prepared, mete
             loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
             assert gap == pytest.approx(loss - meter.other_original, rel=1e-4)
     assert seen == [1] * 2 * len(meter.bank.linears)
+    assert meter.loss_gap(choice(meter, "scalar-2")) == measured, "measuring goes on as before"
     assert gaps[1] < gaps[0]
 
 

@@ -15,8 +15,10 @@ def test_a_limit_of_the_user_counts_where_it_is_less(monkeypatch: pytest.MonkeyP
     assert 0 < memory.total() <= MACHINE
     monkeypatch.setenv(memory.LIMIT, "0.5")
     assert memory.total() == memory.GIB // 2
-    assert memory.fits(0.59 * memory.GIB / 2)
-    assert not memory.fits(0.61 * memory.GIB / 2)
+    monkeypatch.setenv(memory.LIMIT, str(memory.needed(1e6) / memory.GIB))
+    assert memory.fits(0.99e6)
+    assert not memory.fits(1.01e6)
+    assert memory.fits(1.01e6, 1.1 * memory.needed(1e6))
     monkeypatch.setenv(memory.LIMIT, "1e9")
     assert memory.total() <= MACHINE
     monkeypatch.setenv(memory.LIMIT, "16GB")

@@ -118,7 +118,7 @@ def test_a_streamed_model_scores_the_same_with_one_layer_in_memory(
 ) -> None:
     whole = evaluate(tiny_model_folder, artifact, tmp_path / "whole.json", "--limit", "12")
     size = 4 * streaming.open_source(tiny_model_folder).parameters
-    monkeypatch.setenv(memory.LIMIT, str(0.9 * size / memory.SHARE / memory.GIB))
+    monkeypatch.setenv(memory.LIMIT, str(memory.needed(0.9 * size) / memory.GIB))
     most = []
     call = LlamaDecoderLayer.forward
 

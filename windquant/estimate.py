@@ -114,6 +114,7 @@ class Machine:
     read: float  # bytes a second from the disk
     start: float  # seconds until a step begins: imports and the model's frame
     memory: float  # bytes of a process before it has a model
+    room: float  # bytes of memory that it has: what a step does with a model that is too large for it depends on that
 
 
 def cpu(cores: int) -> Machine:
@@ -129,13 +130,15 @@ def cpu(cores: int) -> Machine:
         read=1e9,
         start=4.0,
         memory=0.55 * GIB,
+        room=memory.total(),
     )
 
 
 def gpu(cores: int) -> Machine:
     """Assumed, not measured: an H200 at 40 % of its dense rates. The trellis search runs on the processor's cores."""
     host = cpu(cores)
-    return Machine("H200 (assumed)", 20e12, 400e12, 10e12, host.search, 5e9, host.read, 12.0, 1.5 * GIB)
+    room = min(host.room, 139 * GIB)
+    return Machine("H200 (assumed)", 20e12, 400e12, 10e12, host.search, 5e9, host.read, 12.0, 1.5 * GIB, room)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class Need:
     memory: float  # bytes, of the host
     gpu: float  # bytes, of the GPU; 0 without one
     disk: float  # bytes that it leaves; temporary ones included
+    streamed: bool = False  # whether it goes layer by layer because the whole model has no place in memory
 
 
 def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gpu: bool = False) -> dict[str, Need]:
@@ -177,9 +181,9 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
     checkpoint = packed + 2 * s.outside
     quantize = packed + 2 * checkpoint + resident + states + matrices + inside
 
-    def need(seconds: float, memory: float, disk: float = 0, start: float = m.start) -> Need:
-        total = m.memory + memory
-        return Need(start + seconds, total, total if on_gpu else 0, disk)
+    def need(seconds: float, held: float, disk: float = 0, streamed: bool = False) -> Need:
+        total = m.memory + held
+        return Need(m.start + seconds, total, total if on_gpu else 0, disk, streamed)
 
     searched = s.weights / m.search
     losses = 5 * 4 * (batch // 4 or 1) * get("calibration", "length") * s.vocabulary
@@ -192,6 +196,35 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
     units = s.units(get("units", "chunk"))
     answered = 40_000 * len(get("evaluation", "tasks"))  # tokens of a few hundred records
     reading = 2 * s.parameters / m.read
+    decoding = s.weights / m.decode
+    window = get("calibration", "recovery_length")
+    reward_length = get("calibration", "reward_length")
+    kept = 8 * s.layers * (sum(s.inputs) + sum(rows for rows, _ in s.linears))  # statistics
+
+    # search: weights and noise as the search computes, logits, and then a model that is really quantized
+    searches = memory.fits(memory.SEARCH * 2 * s.parameters, m.room)
+    held = 4 * s.parameters if searches else 2 * s.outside + 10 * s.layer + 12 * max(r * c for r, c in s.linears)
+    logits = (8 * 2 + 3 * 4) * reward_length * s.vocabulary
+    confirming = resident + matrices + 4 * 16 * get("calibration", "length") * (4 * s.intermediate + 7 * s.hidden)
+    # confirming lets the noise go; stable-baselines takes 0.1 GiB
+    allocation = kept + logits + max(held, (held / 2 if searches else 0) + confirming) + 0.1 * GIB
+    drawing = 0 if searches or on_gpu else s.weights / 85e6  # noise of a measured plan
+
+    # recovery: teacher and student, whole with their gradients or a layer of each; hidden states, logits
+    recovers = memory.fits(memory.RECOVERY * s.parameters, m.room) and get("recovery", "scope") != "blocks"
+    recovers = recovers or get("recovery", "scope") == "model"
+    tuned = recovery_tokens * 6 * (token + head) + recovery_tokens * 2 * token
+    flows = 4 * s.hidden * (2 * steps * window + 3 * held_out)
+    recovery = 4 * whole + 11 * 4 * window * s.vocabulary
+    if not recovers:
+        tuned = recovery_tokens * 7 * token  # forward and back, and three passes more, but no head
+        layers = 2 * resident + 8 * s.layer + 10 * 4 * window * (4 * s.intermediate + 6 * s.hidden)
+        recovery = layers + min(flows, m.room / 4) + 5 * 4 * 4 * reward_length * s.vocabulary
+
+    # zero-shot: batches of 8, or of 32 where each of them reads the model
+    answers = memory.fits(whole, m.room)
+    batch_tokens = (8 if answers else 32) * 512
+    batches = 0 if answers else answered / (32 * 100)
     # a GGUF file is converted as a whole; other folders are only looked through
     gguf = settings["model"].get("source") == "embedded" or str(settings["model"].get("path", "")).endswith(".gguf")
     converted = 1.4 * whole if gguf else 0
@@ -212,9 +245,11 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
             + 2 * held_out * (token + head) / m.fast
             + 2 * plans * 4 * s.weights / 2e9
             + get("search", "episodes") * units * 7e-5
-            + confirmed,
-            5 * whole,
+            + confirmed
+            + (0 if searches else plans * (reading + drawing)),
+            allocation,
             100 * units,
+            not searches,
         ),
         "quantize": need(
             searched + calibration * (2 * token / m.fast + covariance / m.products) + factors / m.solves + reading,
@@ -222,17 +257,22 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
             checkpoint,
         ),
         "recovery": need(
-            (recovery_tokens * 6 + 4 * held_out) * (token + head) / m.fast + recovery_tokens * 2 * token / m.fast,
-            4 * whole + 11 * 4 * get("calibration", "recovery_length") * s.vocabulary,
+            (tuned + 4 * held_out * (token + head)) / m.fast + (0 if recovers else 2 * reading + decoding),
+            recovery,
             checkpoint,
+            not recovers,
         ),
         "perplexity_original": need(test * (token + head) / m.products + reading, resident + _losses(s, context, test)),
-        "perplexity": need(
-            test * (token + head) / m.products + s.weights / m.decode, resident + _losses(s, context, test)
+        "perplexity": need(test * (token + head) / m.products + decoding, resident + _losses(s, context, test)),
+        "zero_shot_original": need(
+            answered * (token + head) / m.fast + batches * reading,
+            (whole if answers else resident) + batch_tokens * 4 * s.vocabulary,
+            streamed=not answers,
         ),
-        "zero_shot_original": need(answered * (token + head) / m.fast, whole + 8 * 4 * 512 * s.vocabulary),
         "zero_shot": need(
-            answered * (token + head) / m.fast + s.weights / m.decode, whole + 8 * 4 * 512 * s.vocabulary + packed
+            answered * (token + head) / m.fast + max(1, batches) * decoding,
+            (whole + packed if answers else resident) + batch_tokens * 4 * s.vocabulary,
+            streamed=not answers,
         ),
     }
 

@@ -147,6 +147,7 @@ class LossMeter:
 
         `update(1)` is called after every linear of every plan.
         """
+        self.noise.kept.clear()  # its place is needed; `loss_gap` would draw it again
         gaps = []
         for plan in plans:
             model = streaming.load(self.folder)

@@ -1,8 +1,8 @@
 """How much memory there is, and whether a model has a place in it as a whole.
 
-Steps that could hold a whole model (search, recovery, zero-shot tasks) do so where it takes at most SHARE of the
-memory, and go decoder layer by decoder layer elsewhere (streaming.py). The rule asks how much the machine has, not how
-much is free just now, so that a machine does the same every time, and the estimate can tell beforehand.
+Steps that could hold a whole model (search, recovery, zero-shot tasks) do so where its weights and REST take at most
+SHARE of the memory, and go decoder layer by decoder layer elsewhere (streaming.py). The rule asks how much the machine
+has, not how much is free just now, so that a machine does the same every time, and the estimate can tell beforehand.
 """
 
 import os
@@ -13,16 +13,22 @@ from windquant.errors import WindquantError
 
 GIB = 2**30
 LIMIT = "WINDQUANT_MEMORY"  # environment: GiB to count on where the machine has more
-SHARE = 0.6  # of the memory, for weights: the rest is for activations, logits and the process itself
+SHARE = 0.8  # of the memory
+REST = 2 * GIB  # activations, logits, the process itself
 
-# Bytes a parameter of what a step holds besides activations where it holds the whole model.
+# Bytes a parameter of what a step holds of a whole model.
 SEARCH = 2  # times the computing type's: weights and noise
-RECOVERY = 12  # the teacher in FP32, the student decoded and in slots
+RECOVERY = 14  # the teacher in FP32, the student decoded, in slots, and what its gradients need
 
 
-def fits(size: float) -> bool:
-    """Whether weights of `size` bytes have a place where steps compute; `limit` says how."""
-    return size <= SHARE * limit()
+def fits(size: float, room: float | None = None) -> bool:
+    """Whether weights of `size` bytes have a place in `room` bytes of memory; None: where steps compute (`limit`)."""
+    return size + REST <= SHARE * (limit() if room is None else room)
+
+
+def needed(size: float) -> float:
+    """The least memory in which weights of `size` bytes fit."""
+    return (size + REST) / SHARE
 
 
 def limit() -> int:

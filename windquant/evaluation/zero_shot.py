@@ -27,7 +27,7 @@ from windquant.errors import WindquantError
 from windquant.evaluation import local, tasks as embedded
 from windquant.evaluation.local import EMBEDDED, SPLITS
 
-STREAMED = 8  # times the batch where every batch reads the model from its files
+STREAMED = 4  # times the batch where every batch reads the model from its files
 
 
 @dataclass(frozen=True)
