@@ -2,16 +2,19 @@
 
     python -m benchmarks.scaling --folder /tmp/scaling                      # all sizes: half an hour on two cores
     python -m benchmarks.scaling --folder /tmp/scaling --sizes 10M,40M      # some; the table is of all there are
-    python -m benchmarks.scaling --folder /tmp/scaling --sizes deep,shallow # two that differ in depth alone
+    python -m benchmarks.scaling --folder /tmp/scaling --sizes shallow,deep # two that differ in depth alone
 
 Each step runs in a process of its own, as in the workflow, on short random text: the times are about how the steps
-grow, not how good the models are. The exponent is that of a power of the number of weights, fitted by least squares to
-the logarithms of the seconds that a step takes beyond its start (imports, and the frame of a step).
+grow, not how good the models are. Every step streams, as it does for a model that is too large for the memory: search
+and zero-shot tasks are told that there is none (WINDQUANT_MEMORY), recovery goes block by block. The exponent is that
+of a power of the number of weights, fitted by least squares to the logarithms of the seconds that a step takes beyond
+those for a model of almost nothing (imports, and the frame of a step), which comes first.
 """
 
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +23,7 @@ from typing import Any
 
 #: hidden, intermediate, layers, heads
 SIZES = {
+    "nothing": (64, 128, 1, 2),
     "10M": (256, 704, 12, 4),
     "40M": (512, 1408, 12, 8),
     "135M": (768, 2112, 18, 12),
@@ -30,14 +34,26 @@ SIZES = {
 FITTED = ("10M", "40M", "135M", "500M")
 VOCABULARY = 8192
 BITS = 2.0
-STEPS = ("statistics", "bank", "allocation", "quantize", "perplexity_original", "perplexity", "recovery")
-START = 5.0  # seconds of every step that no model has a part in, measured with the tiny model of the tests
+#: Rows of the table, and the module of each step.
+STEPS = {
+    "statistics": "statistics",
+    "bank": "bank",
+    "search": "allocation",
+    "quantize": "quantize",
+    "recovery": "recovery",
+    "perplexity_original": "evaluation.perplexity",
+    "perplexity": "evaluation.perplexity",
+    "zero_shot_original": "evaluation.zero_shot",
+    "zero_shot": "evaluation.zero_shot",
+}
+STREAMED = {"WINDQUANT_MEMORY": "0.001"}  # GiB: nothing fits as a whole
+RECORDS = 32  # of the zero-shot task, of 64 tokens
 
 
 def make_model(folder: Path, size: str) -> None:
     """A random Llama in float16, with a tokenizer that knows its alphabet."""
     import torch
-    from tokenizers import Tokenizer, models
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     hidden, intermediate, layers, heads = SIZES[size]
@@ -53,8 +69,14 @@ def make_model(folder: Path, size: str) -> None:
         initializer_range=1 / math.sqrt(hidden),
     )
     LlamaForCausalLM(config).half().save_pretrained(folder)
-    words = {chr(0x4E00 + index): index for index in range(VOCABULARY)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words))).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({letter(index): index for index in range(VOCABULARY)}, unk_token=letter(0)))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=letter(0)).save_pretrained(folder)
+
+
+def letter(index: int) -> str:
+    """The word of a token."""
+    return chr(0x4E00 + index)
 
 
 def make_text(folder: Path, samples: int, length: int) -> None:
@@ -70,6 +92,9 @@ def make_text(folder: Path, samples: int, length: int) -> None:
     folder.mkdir(parents=True)
     save_file(tokens, folder / "tokens.safetensors")
     (folder / "info.json").write_text(json.dumps({"test_name": "random"}))
+    rows = torch.randint(VOCABULARY, (RECORDS, 64), generator=chance).tolist()
+    records = [{"context": "".join(map(letter, row[:-1])), "target": letter(row[-1])} for row in rows]
+    (folder / "cloze.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dict[str, Any]:
@@ -81,23 +106,28 @@ def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dic
         make_text(text, samples, length)
     statistics, bank, plan = (here / name for name in ("statistics.safetensors", "bank.safetensors", "plan.json"))
     packed, recovered = here / "packed", here / "recovered"
+    search = {"allocator": "ppo", "target-bits": BITS, "episodes": 16, "evaluations": 3, "reward-tokens": 256}
+    recover = {"steps": 8, "scope": "blocks"}
     words: dict[str, dict[str, Any]] = {
-        "statistics": {"model": model, "calibration": text, "output": statistics},
+        "statistics": {"model": model, "output": statistics},
         "bank": {"model": model, "statistics": statistics, "output": bank},
-        "allocation": {"bank": bank, "allocator": "lagrangian", "target-bits": BITS, "output": plan},
-        "quantize": {"model": model, "calibration": text, "statistics": statistics, "plan": plan, "output": packed},
-        "perplexity_original": {"checkpoint": model, "calibration": text, "output": here / "original.json"},
-        "perplexity": {"checkpoint": packed, "calibration": text, "output": here / "quantized.json"},
-        "recovery": {"model": model, "calibration": text, "checkpoint": packed, "steps": 4, "output": recovered},
+        "search": {"model": model, "statistics": statistics, "bank": bank, "output": plan, **search},
+        "quantize": {"model": model, "statistics": statistics, "plan": plan, "output": packed},
+        "recovery": {"model": model, "checkpoint": packed, "output": recovered, **recover},
+        "perplexity_original": {"checkpoint": model, "output": here / "original.json"},
+        "perplexity": {"checkpoint": packed, "output": here / "quantized.json"},
+        "zero_shot_original": {"checkpoint": model, "tasks": "cloze", "output": here / "original.cloze.json"},
+        "zero_shot": {"checkpoint": packed, "tasks": "cloze", "output": here / "quantized.cloze.json"},
     }
     found: dict[str, Any] = {}
     for step in STEPS:
         output = words[step]["output"]
         manifest = output.with_name(f"{output.name}.manifest.json")
         if not manifest.exists():
-            module = "evaluation.perplexity" if step.startswith("perplexity") else step
-            flags = [f"--{name}={value}" for name, value in {**words[step], "threads": threads}.items()]
-            subprocess.run([sys.executable, "-m", f"windquant.{module}", *flags], check=True)
+            texts = {} if step == "bank" else {"calibration": text}
+            flags = [f"--{name}={value}" for name, value in {**words[step], **texts, "threads": threads}.items()]
+            command = [sys.executable, "-m", f"windquant.{STEPS[step]}", *flags]
+            subprocess.run(command, check=True, env={**os.environ, **STREAMED})
         document = json.loads(manifest.read_text())
         found[step] = {"seconds": document["seconds"], "peak_memory_bytes": document["peak_memory_bytes"]["host"]}
     config = json.loads((model / "config.json").read_text())
@@ -114,19 +144,27 @@ def exponent(weights: list[int], seconds: list[float]) -> float:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: a row per step, seconds and peak memory by size, and the exponents over the FITTED sizes."""
+    """Markdown: a row per step, seconds and peak memory by size, and the exponents over the FITTED sizes.
+
+    Where they are there, also how much more memory the deep model takes than the shallow one.
+    """
     sizes = [size for size in SIZES if size in results]
     fitted = [size for size in FITTED if size in results]
-    lines = ["| step | " + " | ".join(f"{size}" for size in sizes) + " | exponent |", "|---" * (len(sizes) + 2) + "|"]
+    compared = {"shallow", "deep"} <= results.keys()
+    head = ["step", *sizes, "exponent", *(["memory, deep / shallow"] if compared else [])]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for step in STEPS:
         rows = {size: results[size]["steps"][step] for size in sizes}
         cells = [f"{rows[size]['seconds']:.1f} s, {rows[size]['peak_memory_bytes'] / 1e9:.2f} GB" for size in sizes]
-        beyond = {size: rows[size]["seconds"] - START for size in fitted}
+        beyond = {size: rows[size]["seconds"] - rows["nothing"]["seconds"] for size in fitted}
         large = [size for size in fitted if beyond[size] > 0.5]
         fit = "-"
         if len(large) > 1:
             fit = f"{exponent([results[s]['weights'] for s in large], [beyond[s] for s in large]):.2f}"
-        lines.append(f"| {step} | " + " | ".join(cells) + f" | {fit} |")
+        cells.append(fit)
+        if compared:
+            cells.append(f"{rows['deep']['peak_memory_bytes'] / rows['shallow']['peak_memory_bytes']:.2f}")
+        lines.append(f"| {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -139,7 +177,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
     options = parser.parse_args()
     path = options.folder / "scaling.json"
-    for size in options.sizes.split(","):
+    for size in ["nothing", *options.sizes.split(",")]:
         result = run(options.folder, size, options.threads, options.samples, options.length)
         results = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(results | {size: result}, indent=1) + "\n")
