@@ -207,15 +207,15 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
             fisher * s.hidden * 4 * (s.layers + 1) + 4 * s.layers * (2 * sum(s.inputs) + sum(r for r, _ in s.linears)),
         ),
         "bank": need(s.weights * 128 / m.products + reading, 8 * max(r * c for r, c in s.linears), 200 * units),
-        "allocation": need(
+        "search": need(
             2 * plans * reward * (token + head) / m.fast
             + 2 * held_out * (token + head) / m.fast
             + 2 * plans * 4 * s.weights / 2e9
-            + get("search", "episodes") * units * 7e-5
-            + confirmed,
+            + get("search", "episodes") * units * 4e-5,
             5 * whole,
-            100 * units,
+            50_000,
         ),
+        "allocation": need(2 * held_out * (token + head) / m.fast + confirmed, 5 * whole, 100 * units),
         "quantize": need(
             searched + calibration * (2 * token / m.fast + covariance / m.products) + factors / m.solves + reading,
             quantize,
@@ -306,7 +306,9 @@ def check_room(resolved: Settings, bits: float, allocator: str, cores: int, on_g
     if shape is None or os.environ.get(FORCE):
         return
     wanted = needs(shape, resolved, bits, gpu(cores) if on_gpu else cpu(cores), on_gpu)
-    if allocator != "ppo":
+    if allocator not in configuration.LEARNED:
+        wanted["search"] = wanted["bank"]
+    if allocator not in ("ppo", "evolution"):  # these measure plans
         wanted["allocation"] = wanted["bank"]
     name = resolved["model"]["name"]
     step, most = max(wanted.items(), key=lambda item: item[1].memory)
