@@ -2,7 +2,8 @@
 #
 #     snakemake --cores all results/smollm2-135m_2.0bits.json
 #
-# config/config.yaml names the models; results/{model}_{bits}bits.{allocator}.json runs another allocator than PPO.
+# config/config.yaml names the models; results/{model}_{bits}bits.{allocator}.json runs another allocator than PPO, and
+# results/{model}_{bits}bits.{allocator}-{change}-{seed}.json a change of an ablation and another seed.
 
 from snakemake.utils import min_version
 
@@ -34,14 +35,18 @@ include: "workflow/rules/perplexity.smk"
 include: "workflow/rules/zero_shot.smk"
 include: "workflow/rules/result.smk"
 include: "workflow/rules/comparison.smk"
+include: "workflow/rules/pareto.smk"
+include: "workflow/rules/ablation.smk"
 include: "workflow/rules/report.smk"
 
 
 wildcard_constraints:
     model=r"[^/_]+",
     bits=r"-?\d+(\.\d+)?",
-    allocator=r"[a-z]+",
-    baseline=r"(\.[a-z]+)?",
+    allocator=r"[a-z]+(-[a-z][a-z0-9]*)?(-\d+)?",
+    baseline=r"(\.[a-z]+(-[a-z][a-z0-9]*)?(-\d+)?)?",
+    change=r"(_[a-z][a-z0-9]*)?",
+    ablation=r"[a-z0-9]+",
     stage="before_recovery|quantized",
 
 

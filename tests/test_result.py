@@ -1,6 +1,7 @@
 """Result, comparison and summary, from artifacts that the step frame really made."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from windquant import comparison, result, result_file, step, summary, tracking
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.plan import Plan
+from windquant.report import pareto_picture
 
 KEYS = [
     "model",
@@ -108,7 +110,11 @@ def chain(allocator: str = "ppo", quantized: float = 50.0, target: float = 2.0) 
     found["statistics"] = make("statistics", "statistics", text("s"), **shared)
     found["bank"] = make("bank", "bank", text("b"), model="model", statistics="statistics")
     plan, before, after = (f"{allocator}.{part}" for part in ("plan", "before", "after"))
-    found["plan"] = make("allocation", plan, save_plan(allocator, target), **shared, bank="bank")
+    policy = {}
+    if allocator == "ppo":
+        found["search"] = make("search", "search", text("p"), **shared, bank="bank")
+        policy = {"search": "search"}
+    found["plan"] = make("allocation", plan, save_plan(allocator, target), **shared, bank="bank", **policy)
     notes = {"effective_bits": 8 * BYTES / WEIGHTS, "checkpoint_bits": 4.0, "measured_bytes": BYTES}
     found["before_recovery"] = make("quantize", before, checkpoint(SIZE, **notes), **shared, plan=plan)
     found["quantized"] = make("recovery", after, checkpoint(SIZE, **notes), **shared, checkpoint=before)
@@ -168,7 +174,8 @@ def test_every_key_is_measured() -> None:
     assert found["peak_memory_bytes"]["recovery"] == manifest.peak_memory_bytes
     assert found["data"]["quantized"] == manifest.output["sha256"]
     assert found["versions"] == manifest.versions
-    assert set(found["seconds"]) == set(result_file.STEPS)
+    assert set(found["seconds"]) == set(found["peak_memory_bytes"]) == set(result_file.STEPS)
+    assert "search" in found["data"]
     notes = Manifest.load(Path("results/r.json")).notes
     assert notes == {"checkpoint_bytes": SIZE, "original_fp16_bytes": 4 * SIZE}  # 4 bits instead of 16
     again = assemble(inputs, "results/again.json", "--config-sha256", "a" * 64)
@@ -192,10 +199,16 @@ def test_target_is_an_upper_bound(fails: Callable[..., str]) -> None:
     assert "effective_bits 1.995 exceed target_bits 1.9" in fails(chain(target=1.9))
 
 
+def test_a_baseline_has_no_search() -> None:
+    greedy = assemble(chain("greedy"))
+    assert set(greedy["seconds"]) == set(result_file.STEPS) - {"search"}
+    assert "search" not in greedy["data"]
+
+
 def test_all_steps_must_belong_together(fails: Callable[..., str]) -> None:
     inputs = chain()
     make("bank", "bank", text("another"), model="model", statistics="statistics")
-    assert "error: ppo.plan: made from another bank; delete it and run again" in fails(inputs)
+    assert "error: search: made from another bank; delete it and run again" in fails(inputs)
     other = {**chain(), "quantized": make("recovery", "other", checkpoint(9), checkpoint="ppo.before")}
     assert "error: ppo.p2: made from another other" in fails(other)
 
@@ -263,33 +276,72 @@ def test_the_parent_run_gets_the_result() -> None:
 
 
 def test_settings_of_the_search_are_parameters_of_ppo_only() -> None:
-    manifests = {name: Manifest.load(Path(path)) for name, path in chain().items()}
-    ppo, greedy = (set(result.parameters_of(manifests, allocator)) for allocator in ("ppo", "greedy"))
-    assert {"allocation.chunk", "bank.chunk"} <= ppo
-    assert ppo - greedy == {name for name in ppo if name.startswith("allocation.")}
+    ppo, greedy = (
+        set(
+            result.parameters_of(
+                {name: Manifest.load(Path(path)) for name, path in chain(allocator).items()}, allocator
+            )
+        )
+        for allocator in ("ppo", "greedy")
+    )
+    assert {"search.chunk", "allocation.chunk", "bank.chunk"} <= ppo
+    assert ppo - greedy == {name for name in ppo if name.startswith(("allocation.", "search."))}
     assert greedy - ppo == {"allocation.allocator"}  # these plans have no such setting
 
 
-def test_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+def compare(*results: str) -> pd.DataFrame:
+    argv = ["--output", "results/c.csv", "--results", *results]
+    step.main("comparison", comparison.run, comparison.Settings, ("results*",), argv=argv, light=True)
+    return pd.read_csv("results/c.csv")
+
+
+def test_comparison() -> None:
     for allocator, value in (("uniform", 130.0), ("ppo", 50.0), ("greedy", 60.0)):
-        assemble(chain(allocator, value), f"results/{allocator}.json")
-
-    def compare(*results: str) -> None:
-        argv = ["--output", "results/c.csv", "--results", *results]
-        step.main("comparison", comparison.run, comparison.Settings, ("results*",), argv=argv, light=True)
-
-    compare("results/uniform.json", "results/ppo.json", "results/greedy.json")
-    table = pd.read_csv("results/c.csv")
+        assemble(chain(allocator, value), f"results/m_2.0bits.{allocator}.json")
+    table = compare(*(f"results/m_2.0bits.{name}.json" for name in ("uniform", "ppo", "greedy")))
     assert list(table["allocator"]) == ["ppo", "greedy", "uniform"]
     assert list(table["perplexity_wikipedia_quantized"]) == [50.0, 60.0, 130.0]
     assert list(table["perplexity_wikipedia_original"]) == [19.4] * 3
+    assert table["gap_wikipedia_quantized"][0] == pytest.approx(math.log(50 / 19.4), abs=1e-4)
     assert list(table["zero_shot_average_quantized"]) == [0.425] * 3
-    assert {"effective_bits", "seconds", "fallback", "actions_scalar-2"} <= set(table)
+    assert {"effective_bits", "seconds", "fallbacks", "actions_scalar-2"} <= set(table)
+    assert list(table["seeds"]) == [1] * 3
+    assert table["perplexity_wikipedia_quantized_std"].isna().all()
 
-    assemble(chain("other", target=2.5), "results/other.json")
+
+def test_comparison_of_seeds_changes_and_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    """Seeds share a row, changes and budgets do not."""
+    values = {"2.0bits": 50.0, "2.0bits.ppo-1": 54.0, "2.0bits.ppo-chunk32": 48.0, "2.0bits.ppo-chunk32-1": 49.0}
+    paths = []
+    for seed, (name, value) in enumerate(values.items()):
+        entry = assemble(chain("ppo", value), "results/r.json")
+        paths.append(f"results/m_{name}.json")
+        Path(paths[-1]).write_text(json.dumps({**entry, "seed": seed % 2}))
+    assemble(chain("ppo", 30.0, target=2.5), "results/m_2.5bits.json")
+    table = compare(*paths, "results/m_2.5bits.json").fillna("")
+    assert list(zip(table["target_bits"], table["change"], table["seeds"], strict=True)) == [
+        (2.0, "chunk32", 2), (2.0, "", 2), (2.5, "", 1)
+    ]  # fmt: skip
+    assert list(table["perplexity_wikipedia_quantized"]) == [48.5, 52.0, 30.0]
+    assert list(table["perplexity_wikipedia_quantized_std"])[:2] == [0.7071, 2.8284]
+    assert "perplexity_wikipedia_original_std" not in table
+
+    other = json.loads(Path(paths[0]).read_text()) | {"model": "n"}
+    Path("results/n_2.0bits.json").write_text(json.dumps(other))
     with pytest.raises(SystemExit):
-        compare("results/ppo.json", "results/other.json")
-    assert "cannot compare different values of target_bits: 2.0, 2.5" in capsys.readouterr().err
+        compare(paths[0], "results/n_2.0bits.json")
+    assert "cannot compare different values of model: m, n" in capsys.readouterr().err
+
+
+def test_the_pareto_picture_has_every_budget() -> None:
+    for target, value in ((2.0, 50.0), (2.5, 30.0)):
+        assemble(chain("ppo", value, target=target), f"results/m_{target}bits.json")
+    argv = ["--output", "results/m.pareto.svg", "--results", "results/m_2.0bits.json", "results/m_2.5bits.json"]
+    step.main("pareto_picture", pareto_picture.run, pareto_picture.Settings, ("results*",), argv=argv, light=True)
+    picture = Path("results/m.pareto.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert "perplexity 50.00" in picture
+    assert "perplexity 30.00" in picture
 
 
 def test_summary(capsys: pytest.CaptureFixture[str]) -> None:

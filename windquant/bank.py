@@ -8,6 +8,7 @@ with error_r the expected squared error of row r, weighted by the channels' ener
 up for it (see statistics.py). Units are independent of each other.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ from windquant.statistics import Statistics
 from windquant.units import Linear, chunk_widths, protected_count
 
 FORMAT = 1
+ARRAYS = ("linear", "position", "width", "energy", "errors", "bytes")  # of a bank, as they are stored
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,18 @@ class Bank:
             if (choice == index).any()
         }
 
+    @property
+    def sha256(self) -> str:
+        """Digest of everything that a plan depends on: of two banks with the same one, a plan means the same."""
+        linears = [asdict(linear) for linear in self.linears]
+        document = [self.model, self.actions, linears, self.fixed_bytes, asdict(self.units)]
+        digest = hashlib.sha256(json.dumps(document).encode())
+        for name in ARRAYS:
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        return digest.hexdigest()
+
     def save(self, path: Path) -> None:
-        arrays = {
-            name: np.ascontiguousarray(getattr(self, name))
-            for name in ("linear", "position", "width", "energy", "errors", "bytes")
-        }
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
         document = {
             "format": FORMAT,
             "model": self.model,

@@ -1,17 +1,26 @@
-"""Several results of one model and budget side by side, one row each, the best perplexity first.
+"""Several results of one model side by side: a row per allocator, change and budget, the best perplexity first.
 
 python -m windquant.comparison --results results/X.json results/X.greedy.json --output results/X.comparison.csv
+
+Results that differ in their seed alone share a row: means, and beside every measured quantity its standard deviation
+over the seeds (n - 1; empty for a single one).
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windquant import result_file
 from windquant.errors import WindquantError
 
 if TYPE_CHECKING:
-    from windquant.step import Task
+    from windquant.task import Task
+
+NAMES = ["allocator", "change", "target_bits"]  # what a row is about
+CHANGE = re.compile(r"bits\.[a-z]+-([a-z][a-z0-9]*)")  # in the name of a result
 
 
 @dataclass(frozen=True)
@@ -22,27 +31,52 @@ class Settings:
 def run(task: "Task", settings: Settings) -> None:
     import pandas as pd
 
-    results = [result_file.load(path) for path in task.files["results"]]
-    for key in ("model", "target_bits"):
-        values = sorted({str(entry[key]) for entry in results})
-        if len(values) != 1:
-            raise WindquantError(f"--results: cannot compare different values of {key}: {', '.join(values)}")
-    table = pd.DataFrame([row(entry) for entry in results])
-    dataset = next(iter(results[0]["perplexity"]))
-    table = table.sort_values([f"perplexity_{dataset}_quantized", "allocator", "seed"])
-    table.to_csv(task.output, index=False, float_format=f"%.{settings.digits}f")
+    paths = task.files["results"]
+    results = [result_file.load(path) for path in paths]
+    models = sorted({entry["model"] for entry in results})
+    if len(models) != 1:
+        raise WindquantError(f"--results: cannot compare different values of model: {', '.join(models)}")
+    table = pd.DataFrame([row(path, entry) for path, entry in zip(paths, results, strict=True)])
+    groups = table.groupby(NAMES, sort=False, dropna=False)
+    measured = [str(name) for name in table if name not in (*NAMES, "seed", "fallback")]
+    means = groups[measured].mean()
+    spread = groups[[name for name in measured if is_quality(name)]].std()
+    columns: dict[str, Any] = {"seeds": groups["seed"].nunique(), "fallbacks": groups["fallback"].sum()}
+    for name in measured:
+        columns[name] = means[name]
+        if name in spread:
+            columns[f"{name}_std"] = spread[name]
+    final = next(name for name in measured if name.endswith("_quantized"))
+    joined = pd.DataFrame(columns).reset_index().sort_values(["target_bits", final, "allocator", "change"])
+    joined.to_csv(task.output, index=False, float_format=f"%.{settings.digits}f")
 
 
-def row(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the table, from one result."""
+def row(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared of one result. A gap is the loss above the original's, nats per token."""
+    change = CHANGE.search(path.name)
     columns: dict[str, Any] = {
-        key: entry[key] for key in ("allocator", "seed", "target_bits", "effective_bits", "checkpoint_bits", "fallback")
+        "allocator": entry["allocator"],
+        "change": change[1] if change else "",
+        "target_bits": entry["target_bits"],
+        "seed": entry["seed"],
+        "fallback": entry["fallback"],
+        "effective_bits": entry["effective_bits"],
+        "checkpoint_bits": entry["checkpoint_bits"],
     }
     for dataset, values in entry["perplexity"].items():
         columns |= {f"perplexity_{dataset}_{name}": value for name, value in values.items()}
+        columns |= {
+            f"gap_{dataset}_{name}": math.log(values[name] / values["original"])
+            for name in ("before_recovery", "quantized")
+        }
     columns |= {f"zero_shot_average_{name}": value for name, value in entry["zero_shot_average"].items()}
     columns |= {f"actions_{name}": share for name, share in entry["actions"].items()}
     return columns | {"seconds": sum(entry["seconds"].values())}
+
+
+def is_quality(name: str) -> bool:
+    """Whether a column is of a quantized model's quality: perplexities, gaps and accuracies."""
+    return name.startswith(("perplexity_", "gap_", "zero_shot_")) and not name.endswith("_original")
 
 
 if __name__ == "__main__":

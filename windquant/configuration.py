@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import operator
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from windquant import dependencies, settings
 from windquant.errors import WindquantError
 
 Config = Mapping[str, Any]
-ALLOCATORS = ("ppo", "uniform", "greedy", "lagrangian", "random")
+ALLOCATORS = ("ppo", "uniform", "greedy", "lagrangian", "random", "layer", "evolution")
+LEARNED = ("ppo", "layer")  # those that take a policy
+MEASURING = (*LEARNED, "evolution")  # those that spend measurements
 LOWEST_BITS, HIGHEST_BITS = 1.0, 16.0  # the bank knows the exact lowest ones: they depend on the metadata
 
 
@@ -44,11 +47,15 @@ class Step:
         return "units" if name in dependencies.settings(STEPS["bank"].module) else self.section
 
 
+#: What compares results, beside the settings of single results: keys of the configuration, and of a model's entry.
+STUDIES = ("budgets", "seeds", "ablations")
+
 STEPS = {
     "model": Step("windquant.models", "model"),
     "calibration": Step("windquant.calibration", "calibration"),
     "statistics": Step("windquant.statistics", "statistics"),
     "bank": Step("windquant.bank", "units"),
+    "search": Step("windquant.search", "search", arguments=("per",)),
     "allocation": Step("windquant.allocation", "search", arguments=("allocator", "target_bits")),
     "quantize": Step("windquant.quantize", "quantize"),
     "recovery": Step("windquant.recovery", "recovery"),
@@ -105,7 +112,9 @@ def resolve(config: Config, schema: Config, model: str) -> dict[str, Any]:
         )
     entry = entries[model]
     sections = _sections(schema)
-    resolved: dict[str, Any] = {"model": {"name": model, **{k: v for k, v in entry.items() if k not in sections}}}
+    resolved: dict[str, Any] = {
+        "model": {"name": model, **{k: v for k, v in entry.items() if k not in {*sections, *STUDIES}}}
+    }
     for name, section in sections.items():
         layers = [layer[name] for layer in (config, entry) if layer.get(name) is not None]
         if "properties" in section:
@@ -114,6 +123,55 @@ def resolve(config: Config, schema: Config, model: str) -> dict[str, Any]:
         else:  # a plain value, such as the seed
             resolved[name] = layers[-1] if layers else section["default"]
     return resolved
+
+
+def study(config: Config, schema: Config, model: str, name: str) -> Any:
+    """The model's own value of a key of STUDIES, else the configuration's, else the default; ablations go by name."""
+    layers = [layer[name] for layer in (config, config["models"].get(model, {})) if layer.get(name) is not None]
+    if name == "ablations":
+        return {key: value for layer in layers for key, value in layer.items()}
+    return layers[-1] if layers else schema["properties"][name]["default"]
+
+
+def changes(config: Config, schema: Config, model: str) -> dict[str, Any]:
+    """What every change of an ablation replaces: name -> {section: {key: value}}."""
+    found: dict[str, Any] = {}
+    for ablation, parts in study(config, schema, model, "ablations").items():
+        for name, sections in parts.items():
+            if found.setdefault(name, sections) != sections:
+                raise WindquantError(f"ablations.{ablation}.{name}: another ablation has another change of this name")
+    return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What stands behind the budget in the name of a result: an allocator, a change of the settings, a seed."""
+
+    allocator: str
+    change: str = ""  # of an ablation
+    seed: int | None = None  # none: the configuration's
+
+
+NAME = re.compile(r"(?P<allocator>[a-z]+)(-(?P<change>[a-z][a-z0-9]*))?(-(?P<seed>\d+))?")
+
+
+def variant(text: str, known: Iterable[str]) -> Variant:
+    """ "ppo-chunk32-1": PPO under the change `chunk32` with seed 1; raises WindquantError for what is not `known`."""
+    found = NAME.fullmatch(text)
+    if found is None:
+        raise WindquantError(
+            f"{text}: give an allocator, a change and a seed, as in ppo-chunk32-1; the last two may miss"
+        )
+    change = found["change"] or ""
+    if change and change not in known:
+        hint = did_you_mean(change, known)
+        raise WindquantError(f"unknown change {change}{hint}; the ablations have {', '.join(known) or 'none'}")
+    return Variant(check_allocator(found["allocator"]), change, None if found["seed"] is None else int(found["seed"]))
+
+
+def changed(resolved: Config, sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What holds for a model under a change."""
+    return {**resolved, **{name: {**resolved[name], **values} for name, values in sections.items()}}
 
 
 def step_settings(resolved: Config, name: str) -> dict[str, Any]:
@@ -172,7 +230,7 @@ def _sections(schema: Config) -> dict[str, Config]:
     return {
         name: schema["$defs"][section["$ref"].rpartition("/")[2]] if "$ref" in section else section
         for name, section in schema["properties"].items()
-        if name != "models"
+        if name not in ("models", *STUDIES)
     }
 
 

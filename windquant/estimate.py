@@ -205,9 +205,10 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
     searches = memory.fits(memory.SEARCH * 2 * s.parameters, m.room)
     held = 4 * s.parameters if searches else 2 * s.outside + 10 * s.layer + 12 * max(r * c for r, c in s.linears)
     logits = (8 * 2 + 3 * 4) * reward_length * s.vocabulary
-    confirming = resident + matrices + 4 * 16 * get("calibration", "length") * (4 * s.intermediate + 7 * s.hidden)
-    # confirming lets the noise go; stable-baselines takes 0.1 GiB
-    allocation = kept + logits + max(held, (held / 2 if searches else 0) + confirming) + 0.1 * GIB
+    searching = kept + logits + held + 0.1 * GIB  # of stable-baselines
+    # confirming lets the noise go
+    really = resident + matrices + 4 * 16 * get("calibration", "length") * (4 * s.intermediate + 7 * s.hidden)
+    confirming = kept + logits + max(held, (held / 2 if searches else 0) + really)
     drawing = 0 if searches or on_gpu else s.weights / 85e6  # noise of a measured plan
 
     # recovery: teacher and student, whole with their gradients or a layer of each; hidden states, logits
@@ -240,17 +241,17 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
             fisher * s.hidden * 4 * (s.layers + 1) + 4 * s.layers * (2 * sum(s.inputs) + sum(r for r, _ in s.linears)),
         ),
         "bank": need(s.weights * 128 / m.products + reading, 8 * max(r * c for r, c in s.linears), 200 * units),
-        "allocation": need(
+        "search": need(
             2 * plans * reward * (token + head) / m.fast
             + 2 * held_out * (token + head) / m.fast
             + 2 * plans * 4 * s.weights / 2e9
-            + get("search", "episodes") * units * 7e-5
-            + confirmed
+            + get("search", "episodes") * units * 4e-5
             + (0 if searches else plans * (reading + drawing)),
-            allocation,
-            100 * units,
+            searching,
+            50_000,
             not searches,
         ),
+        "allocation": need(2 * held_out * (token + head) / m.fast + confirmed, confirming, 100 * units, not searches),
         "quantize": need(
             searched + calibration * (2 * token / m.fast + covariance / m.products) + factors / m.solves + reading,
             quantize,
@@ -346,7 +347,9 @@ def check_room(resolved: Settings, bits: float, allocator: str, cores: int, on_g
     if shape is None or os.environ.get(FORCE):
         return
     wanted = needs(shape, resolved, bits, gpu(cores) if on_gpu else cpu(cores), on_gpu)
-    if allocator != "ppo":
+    if allocator not in configuration.LEARNED:
+        wanted["search"] = wanted["bank"]
+    if allocator not in ("ppo", "evolution"):  # these measure plans
         wanted["allocation"] = wanted["bank"]
     name = resolved["model"]["name"]
     step, most = max(wanted.items(), key=lambda item: item[1].memory)

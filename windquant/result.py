@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from windquant.configuration import MEASURING
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.plan import Plan
 from windquant.report import plan_picture
 from windquant.report.svg import standalone
-from windquant.result_file import ARTIFACTS, PERPLEXITIES, STEPS, ZERO_SHOTS, metrics, validate
+from windquant.result_file import ARTIFACTS, LEARNED, PERPLEXITIES, STEPS, ZERO_SHOTS, metrics, validate
 
 if TYPE_CHECKING:
     from windquant.step import Task
@@ -66,8 +67,8 @@ def track(task: "Task", plan: Plan, result: Mapping[str, Any], manifests: Mappin
 
 def parameters_of(manifests: Mapping[str, Manifest], allocator: str) -> dict[str, Any]:
     """Every setting of every step, `<step>.<setting>`: the MLflow UI shows where experiments differ."""
-    settings = {step: manifests[source].settings for step, source in STEPS.items()}
-    if allocator != "ppo":  # the others do not read the settings of the search
+    settings = {step: manifests[source].settings for step, source in STEPS.items() if source in manifests}
+    if allocator not in MEASURING:  # they do not read the settings of the search
         settings["allocation"] = {"allocator": allocator}
     return {f"{step}.{name}": value for step, values in settings.items() for name, value in values.items()}
 
@@ -81,6 +82,7 @@ def assemble(
 ) -> dict[str, Any]:
     """The result; WindquantError where what was measured contradicts the plan or each other."""
     quantized = manifests["quantized"]
+    sources = {step: manifests[source] for step, source in STEPS.items() if source in manifests}
     check_bytes(plan, quantized)
     return {
         "model": plan.model,
@@ -94,13 +96,13 @@ def assemble(
         "protected_fraction": _setting(manifests["bank"], "protected"),
         "fallback": plan.fallback,
         "seed": plan.seed,
-        "seconds": {step: manifests[name].seconds for step, name in STEPS.items()},
-        "peak_memory_bytes": {step: manifests[name].peak_memory_bytes for step, name in STEPS.items()},
+        "seconds": {step: manifest.seconds for step, manifest in sources.items()},
+        "peak_memory_bytes": {step: manifest.peak_memory_bytes for step, manifest in sources.items()},
         # of the code that made the checkpoint, which another machine may have done
         "versions": quantized.versions,
         "git_commit": quantized.git_commit,
         "config_sha256": config_sha256 or settings_sha256(manifests),
-        "data": {name: manifests[name].output["sha256"] for name in ARTIFACTS},
+        "data": {name: manifests[name].output["sha256"] for name in (*ARTIFACTS, *LEARNED) if name in manifests},
         "mlflow_run_id": mlflow_run_id,
     }
 
@@ -206,5 +208,5 @@ def _find(manifest: Manifest, values: Mapping[str, Any], where: str, key: str) -
 if __name__ == "__main__":
     from windquant import step
 
-    names = (*ARTIFACTS, *PERPLEXITIES, *ZERO_SHOTS)
+    names = (*ARTIFACTS, *(f"{name}?" for name in LEARNED), *PERPLEXITIES, *ZERO_SHOTS)
     step.main("result", run, Settings, inputs=names, light=True)

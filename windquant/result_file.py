@@ -10,6 +10,7 @@ from windquant.errors import WindquantError
 
 #: What a result is put together from. What is measured of one checkpoint ends with the checkpoint's name.
 ARTIFACTS = ("model", "calibration", "statistics", "bank", "plan", "before_recovery", "quantized")
+LEARNED = ("search",)  # an artifact, and a step, where the plan comes from a policy
 PERPLEXITIES = ("perplexity_original", "perplexity_before_recovery", "perplexity_quantized")
 ZERO_SHOTS = ("zero_shot_original", "zero_shot_quantized")
 #: Key of `seconds` and `peak_memory_bytes` -> artifact or evaluation whose manifest tells.
@@ -18,6 +19,7 @@ STEPS = {
     "calibration": "calibration",
     "statistics": "statistics",
     "bank": "bank",
+    "search": "search",
     "allocation": "plan",
     "quantize": "before_recovery",
     "recovery": "quantized",
@@ -26,11 +28,11 @@ STEPS = {
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Schema of an object with exactly these keys."""
+    """Schema of an object with exactly these keys; what only a learned plan has may be missing."""
     return {
         "type": "object",
         "additionalProperties": False,
-        "required": list(properties),
+        "required": [name for name in properties if name not in LEARNED],
         "properties": dict(properties),
     }
 
@@ -72,7 +74,7 @@ SCHEMA: dict[str, Any] = {
             "versions": {"type": "object", "required": ["python"], "additionalProperties": {"type": "string"}},
             "git_commit": {"anyOf": [{"type": "string", "pattern": "^[0-9a-f]{40,64}$"}, {"type": "null"}]},
             "config_sha256": _DIGEST,
-            "data": _each(ARTIFACTS, _DIGEST),
+            "data": _each((*ARTIFACTS, *LEARNED), _DIGEST),
             "mlflow_run_id": {"anyOf": [{"type": "string", "minLength": 1}, {"type": "null"}]},
         }
     ),

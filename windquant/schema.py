@@ -25,7 +25,7 @@ SECTIONS = {
     "calibration": "The texts: what is read, how much of it, and what is kept apart for the evaluation.",
     "statistics": "Activation statistics of the original model.",
     "units": "The column chunks, and how they may be quantized.",
-    "search": "The allocation: what the PPO search spends, and on what.",
+    "search": "The allocation: what the PPO search spends, and on what. One search serves all budgets of its range.",
     "quantize": "Quantization with error feedback.",
     "recovery": "Distillation of scales, offsets and norms after quantization.",
     "evaluation": "Perplexity and zero-shot tasks, the same for the original and the quantized model.",
@@ -33,6 +33,42 @@ SECTIONS = {
 MODELS = "The models that can be asked for: the name in results/<model>_<bits>bits.json, and where it comes from."
 MODEL = "Every section below can be repeated in a model's entry; it holds for that model alone."
 SEED = "Of every random choice."
+#: What compares results: type, default, description. A model's entry may have its own.
+CHANGE = "what a change replaces"
+STUDIES: dict[str, dict[str, Any]] = {
+    "budgets": {
+        "type": "array",
+        "items": {"type": "number", "exclusiveMinimum": 0, "maximum": 16},
+        "minItems": 1,
+        "default": [1.75, 2.0, 2.25, 2.5, 3.0, 4.0],
+        "description": "bits of the results in results/<model>.pareto.csv and its picture",
+    },
+    "seeds": {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0},
+        "minItems": 1,
+        "default": [0, 1, 2],
+        "description": "of the results of every allocator in results/<model>_<bits>bits.comparison.csv",
+    },
+    "ablations": {
+        "type": "object",
+        "propertyNames": {"pattern": "^[a-z0-9]+$", "description": "is no name for an ablation: a-z and 0-9 only"},
+        "additionalProperties": {
+            "type": "object",
+            "minProperties": 1,
+            "description": "changes by name",
+            "propertyNames": {"pattern": "^[a-z][a-z0-9]*$", "description": "is no name for a change: a-z, then 0-9"},
+            "additionalProperties": {
+                "type": "object",
+                "additionalProperties": False,
+                "description": CHANGE,
+                "properties": {name: {"$ref": f"#/$defs/{name}"} for name in ("units", "search", "recovery")},
+            },
+        },
+        "default": {},
+        "description": "of results/<model>_<bits>bits.ablation.<name>.csv: changes by name, and what they replace",
+    },
+}
 #: What the types alone do not say.
 LIMITS: dict[str, dict[str, Any]] = {
     "calibration.samples": {"minimum": 1},
@@ -80,6 +116,7 @@ def schema() -> dict[str, Any]:
             },
             "seed": seed,
             **references,
+            **STUDIES,
         },
         "$defs": {
             "model": {
@@ -87,7 +124,7 @@ def schema() -> dict[str, Any]:
                 "type": "object",
                 "additionalProperties": False,
                 "required": ["source"],
-                "properties": {**model, "seed": seed, **references},
+                "properties": {**model, "seed": seed, **references, **STUDIES},
                 "allOf": needs,
             },
             **{
@@ -105,7 +142,8 @@ def schema() -> dict[str, Any]:
 
 def readme(schema: Mapping[str, Any]) -> str:
     """The configuration explained, as Markdown."""
-    model = {name: value for name, value in schema["$defs"]["model"]["properties"].items() if name not in SECTIONS}
+    special = {*SECTIONS, *STUDIES}
+    model = {name: value for name, value in schema["$defs"]["model"]["properties"].items() if name not in special}
     parts = [
         "# Configuration",
         f"<!-- {HEAD.strip('# ').strip()} -->",
@@ -123,6 +161,8 @@ def readme(schema: Mapping[str, Any]) -> str:
         section = schema["$defs"][name]
         parts.append(f"## {name}\n\n{section['description']}")
         parts.append(_table(section["properties"]))
+    parts.append("## budgets, seeds, ablations\n\nWhat compares results with each other; see docs/studies.md.")
+    parts.append(_table(STUDIES))
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,7 +178,7 @@ def _default(value: Mapping[str, Any]) -> str:
     if "default" not in value:
         return ""
     default = value["default"]
-    shown = f"[{', '.join(map(settings.show, default))}]" if isinstance(default, list) else settings.show(default)
+    shown = f"[{', '.join(map(settings.show, default))}]" if isinstance(default, list) else settings.show(default or "")
     return f"`{shown}`" if shown else "empty"
 
 

@@ -38,7 +38,8 @@ BITS = 2.0
 STEPS = {
     "statistics": "statistics",
     "bank": "bank",
-    "search": "allocation",
+    "search": "search",
+    "allocation": "allocation",
     "quantize": "quantize",
     "recovery": "recovery",
     "perplexity_original": "evaluation.perplexity",
@@ -106,12 +107,15 @@ def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dic
         make_text(text, samples, length)
     statistics, bank, plan = (here / name for name in ("statistics.safetensors", "bank.safetensors", "plan.json"))
     packed, recovered = here / "packed", here / "recovered"
-    search = {"allocator": "ppo", "target-bits": BITS, "episodes": 16, "evaluations": 3, "reward-tokens": 256}
+    policy = here / "search.safetensors"
+    search = {"episodes": 16, "evaluations": 3, "reward-tokens": 256}
+    allocate = {"search": policy, "target-bits": BITS, "confirm": "false"}  # confirming is quantize, twice
     recover = {"steps": 8, "scope": "blocks"}
     words: dict[str, dict[str, Any]] = {
         "statistics": {"model": model, "output": statistics},
         "bank": {"model": model, "statistics": statistics, "output": bank},
-        "search": {"model": model, "statistics": statistics, "bank": bank, "output": plan, **search},
+        "search": {"model": model, "statistics": statistics, "bank": bank, "output": policy, **search},
+        "allocation": {"bank": bank, "output": plan, **allocate},
         "quantize": {"model": model, "statistics": statistics, "plan": plan, "output": packed},
         "recovery": {"model": model, "checkpoint": packed, "output": recovered, **recover},
         "perplexity_original": {"checkpoint": model, "output": here / "original.json"},
@@ -124,7 +128,7 @@ def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dic
         output = words[step]["output"]
         manifest = output.with_name(f"{output.name}.manifest.json")
         if not manifest.exists():
-            texts = {} if step == "bank" else {"calibration": text}
+            texts = {} if step in ("bank", "allocation") else {"calibration": text}
             flags = [f"--{name}={value}" for name, value in {**words[step], **texts, "threads": threads}.items()]
             command = [sys.executable, "-m", f"windquant.{STEPS[step]}", *flags]
             subprocess.run(command, check=True, env={**os.environ, **STREAMED})

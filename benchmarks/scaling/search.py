@@ -60,7 +60,7 @@ def main() -> None:
         made = bank(count)
         settings = SearchSettings(episodes=options.episodes, evaluations=2)
         start = time.monotonic()
-        search(made, 2.0, 0, settings, made.predicted_loss)
+        search(made, 0, settings, made.predicted_loss)
         seconds = time.monotonic() - start
         print(f"{len(made.linear)} units, {options.episodes} episodes: {seconds:.1f} s, ", end="")
         print(f"{seconds / options.episodes / len(made.linear) * 1e6:.0f} us a unit and episode", flush=True)

@@ -117,7 +117,7 @@ def test_order_of_the_baselines(make_bank: Callable[..., Bank]) -> None:
     bank = make_bank(layers=8)
     loss = {name: bank.predicted_loss(allocate(bank, 2.0, 0)) for name, allocate in BASELINES.items()}
     assert loss["lagrangian"] <= loss["greedy"] * 1.001 < loss["uniform"] < loss["random"]
-    assert set(ALLOCATORS) == {"ppo", *BASELINES}
+    assert set(ALLOCATORS) == {"ppo", "layer", "evolution", *BASELINES}
 
 
 def test_uniform_is_one_action_and_upgrades_in_model_order(small_bank: Bank) -> None:

@@ -76,6 +76,8 @@ def test_features_are_finite_and_of_order_one(bank: Bank, make_bank: Callable[..
     for some in (bank, single):
         names, phi = corrections(some)
         assert phi.shape == (len(some.linear), len(names))
-        for values in (phi, unit_features(some)):
+        features, seen = unit_features(some)
+        assert len(features) == len(set(features)) == seen.shape[1]
+        for values in (phi, seen):
             assert np.isfinite(values).all()
             assert abs(values).max() <= 3

@@ -1,4 +1,4 @@
-"""The search: it learns, it keeps its promises, it is repeatable, it goes on after a kill."""
+"""The search: it learns, for every budget at once, it keeps its promises, it is repeatable, it goes on after a kill."""
 
 import dataclasses
 import shutil
@@ -12,22 +12,25 @@ import torch
 from sb3_contrib import MaskablePPO
 
 from windquant.allocation import lagrangian, ppo
-from windquant.allocation.budget import Choice, fill, limit
+from windquant.allocation.budget import Choice, fill, highest, limit, lowest
 from windquant.allocation.environment import AllocationVecEnv
+from windquant.allocation.learned import Learned
 from windquant.allocation.loss_model import LossModel
+from windquant.allocation.network import actor, deterministic
 from windquant.allocation.policy import AllocationPolicy
-from windquant.allocation.ppo import Found, Search, deterministic, search, spread
+from windquant.allocation.ppo import Search, anchors, search, spread
 from windquant.allocation.settings import SearchSettings, Settings
 from windquant.allocation.walk import Brief, Walk
 from windquant.bank import Bank
 from windquant.errors import WindquantError
 
-QUICK = SearchSettings(episodes=16, evaluations=10, n_envs=4)
+QUICK = SearchSettings(episodes=16, evaluations=10, n_envs=4, targets=(2.0, 3.0))
 Measure = Callable[[Choice], float]
 
 
-def same(left: Found, right: Found) -> bool:
-    return (left.choice == right.choice).all() and left.search == right.search and left.fallback == right.fallback
+def same(left: Learned, right: Learned) -> bool:
+    tensors = all(torch.equal(value, right.tensors[name]) for name, value in left.tensors.items())
+    return tensors and left.search == right.search and bool((left.weights == right.weights).all())
 
 
 def test_ppo_learns_where_the_errors_are_wrong(make_bank: Callable[..., Bank]) -> None:
@@ -53,26 +56,37 @@ def test_ppo_learns_where_the_errors_are_wrong(make_bank: Callable[..., Bank]) -
         learner.learn(60 * 64 * 16)
         walk = Walk(bank, model)
         walk.begin(brief(1))
-        plan = fill(bank, deterministic(learner.policy, walk)[0], limit(bank, 2.0))
+        network = actor(learner.policy.state_dict(), walk.layout, 64, True)
+        plan = fill(bank, deterministic(network, walk)[0], limit(bank, 2.0))
     assert corrected.predicted_loss(plan) / best - 1 < 0.35 * start
 
 
-def test_the_learned_plan_beats_the_lagrangian(
-    make_bank: Callable[..., Bank], hidden_loss: Callable[..., Measure]
-) -> None:
-    """Most of what the best plan for the true errors would gain, in 24 measurements."""
+@pytest.fixture(scope="module")
+def one_for_all(make_bank: Callable[..., Bank], hidden_loss: Callable[..., Measure]) -> tuple[Bank, Measure, Learned]:
     bank = make_bank(layers=6)
     measure = hidden_loss(bank, seed=0, noise=0.1)
-    found = search(bank, 2.0, 0, SearchSettings(episodes=96, evaluations=24), measure)
-    best = measure(lagrangian.allocate(dataclasses.replace(bank, errors=measure.true), 2.0))
-    first, loss = found.search["lagrangian_loss"], found.search["loss"]
-    assert found.search["chosen"] == "deterministic"
-    assert first - loss > 0.5 * (first - best)
-    assert measure(found.choice) == loss
-    curve = found.search["curve"]
+    return bank, measure, search(bank, 0, SearchSettings(episodes=128, evaluations=32), measure)
+
+
+@pytest.mark.parametrize("bits", [1.75, 2.0, 2.5, 3.0])
+def test_one_policy_beats_the_lagrangian_plan_at_every_budget(
+    one_for_all: tuple[Bank, Measure, Learned], bits: float
+) -> None:
+    """Most of what the best plan for the true errors would gain, in 32 measurements for all budgets together."""
+    bank, measure, found = one_for_all
+    plan = found.plan(bank, bits)
+    assert bits - 0.02 < bank.effective_bits(plan) <= bits
+    first = measure(lagrangian.allocate(bank, bits))
+    best = measure(lagrangian.allocate(dataclasses.replace(bank, errors=measure.true), bits))
+    assert first - measure(plan) > 0.5 * (first - best)
+    assert found.doubt(bits) == ""
+
+
+def test_the_learning_is_visible(one_for_all: tuple[Bank, Measure, Learned]) -> None:
+    curve = one_for_all[2].search["curve"]
     assert np.mean([point["reward"] for point in curve[-8:]]) > np.mean([point["reward"] for point in curve[8:24]])
     assert np.mean([point["explained_variance"] for point in curve[-8:]]) > 0.2
-    assert [target for target, _ in groupby(point["target"] for point in curve)] == [3.0, 2.5, 2.0]
+    assert [target for target, _ in groupby(point["target"] for point in curve)] == [3.0, 2.5, 1.5]
 
 
 def test_promises(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:
@@ -86,25 +100,26 @@ def test_promises(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None
 
     before = torch.get_num_threads()
     reports: list[dict[str, float]] = []
-    found = search(small_bank, 2.2, 0, QUICK, measure, report=lambda values, update: reports.append(values))
+    found = search(small_bank, 0, QUICK, measure, report=lambda values, update: reports.append(values))
     assert torch.get_num_threads() == before
     assert found.search["evaluations"] == len(measured) <= QUICK.evaluations
     assert len({plan.tobytes() for plan in measured}) == len(measured)
-    np.testing.assert_array_equal(measured[0], lagrangian.allocate(small_bank, 2.2))
-    losses = [pair[3] for pair in found.search["pairs"]]
-    assert found.search["loss"] == pytest.approx(min(losses), abs=1e-6)
-    assert all(2.18 < small_bank.effective_bits(plan) <= 2.2 for plan in measured)
+    for plan, bits in zip(measured, np.geomspace(2.0, 3.0, 3), strict=False):
+        np.testing.assert_array_equal(plan, lagrangian.allocate(small_bank, bits))
+    for plan, (*_, loss, bits) in zip(measured, found.search["pairs"], strict=True):
+        assert bits - 0.02 < small_bank.effective_bits(plan) <= bits + 1e-6
+        assert hidden(plan) == pytest.approx(loss, abs=1e-6)
+    assert [check["target"] for check in found.search["checks"]] == pytest.approx(np.geomspace(2.0, 3.0, 3))
     assert reports == found.search["curve"]
     assert {"reward", "negative_entropy", "value_loss", "explained_variance"} <= reports[-1].keys()
-    assert not found.fallback
-    small_bank.plan(found.choice, allocator="ppo", target_bits=2.2, seed=0, search=found.search).save(Path("/dev/null"))
 
 
-def test_same_seed_same_plan(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:
-    first, second = (search(small_bank, 2.2, 7, QUICK, hidden_loss(small_bank)) for _ in range(2))
-    other = search(small_bank, 2.2, 8, QUICK, hidden_loss(small_bank))
+def test_same_seed_same_policy(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:
+    first, second = (search(small_bank, 7, QUICK, hidden_loss(small_bank)) for _ in range(2))
+    other = search(small_bank, 8, QUICK, hidden_loss(small_bank))
     assert same(first, second)
     assert not same(first, other)
+    np.testing.assert_array_equal(first.plan(small_bank, 2.3), second.plan(small_bank, 2.3))
 
 
 class Killed(Exception):
@@ -112,8 +127,8 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("moment", [1, 2, 6, 9])
-def test_a_search_killed_while_measuring_ends_with_the_same_plan(
-    small_bank: Bank, hidden_loss: Callable[..., Measure], tmp_path: Path, undisturbed: Found, moment: int
+def test_a_search_killed_while_measuring_ends_with_the_same_policy(
+    small_bank: Bank, hidden_loss: Callable[..., Measure], tmp_path: Path, undisturbed: Learned, moment: int
 ) -> None:
     measure = hidden_loss(small_bank)
 
@@ -123,14 +138,14 @@ def test_a_search_killed_while_measuring_ends_with_the_same_plan(
         return measure(choice)
 
     with pytest.raises(Killed):
-        search(small_bank, 2.2, 0, QUICK, mortal, tmp_path)
-    assert same(search(small_bank, 2.2, 0, QUICK, measure, tmp_path), undisturbed)
+        search(small_bank, 0, QUICK, mortal, tmp_path)
+    assert same(search(small_bank, 0, QUICK, measure, tmp_path), undisturbed)
     assert measure.calls == undisturbed.search["evaluations"]  # nothing is measured twice
 
 
 @pytest.mark.parametrize("moment", [0, 1, 13])
 def test_a_search_killed_while_training_goes_on_from_its_last_update(
-    small_bank: Bank, hidden_loss: Callable[..., Measure], tmp_path: Path, undisturbed: Found, moment: int
+    small_bank: Bank, hidden_loss: Callable[..., Measure], tmp_path: Path, undisturbed: Learned, moment: int
 ) -> None:
     def mortal(values: dict[str, float], update: int) -> None:
         if update == moment:
@@ -138,9 +153,9 @@ def test_a_search_killed_while_training_goes_on_from_its_last_update(
 
     updates: list[int] = []
     with pytest.raises(Killed):
-        search(small_bank, 2.2, 0, QUICK, hidden_loss(small_bank), tmp_path, mortal)
+        search(small_bank, 0, QUICK, hidden_loss(small_bank), tmp_path, mortal)
     again = search(
-        small_bank, 2.2, 0, QUICK, hidden_loss(small_bank), tmp_path, lambda values, update: updates.append(update)
+        small_bank, 0, QUICK, hidden_loss(small_bank), tmp_path, lambda values, update: updates.append(update)
     )
     assert same(again, undisturbed)
     assert updates[0] == moment  # the update that was cut off is the first that is done again
@@ -148,66 +163,85 @@ def test_a_search_killed_while_training_goes_on_from_its_last_update(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> Found:
-    return search(small_bank, 2.2, 0, QUICK, hidden_loss(small_bank))
+def undisturbed(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> Learned:
+    return search(small_bank, 0, QUICK, hidden_loss(small_bank))
 
 
 def test_a_damaged_or_foreign_state_is_not_used(
-    small_bank: Bank, hidden_loss: Callable[..., Measure], tmp_path: Path, undisturbed: Found
+    small_bank: Bank, hidden_loss: Callable[..., Measure], tmp_path: Path, undisturbed: Learned
 ) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    search(small_bank, 2.4, 0, QUICK, hidden_loss(small_bank), foreign)
-    assert same(search(small_bank, 2.2, 0, QUICK, hidden_loss(small_bank), foreign), undisturbed)
+    search(small_bank, 0, dataclasses.replace(QUICK, targets=(2.4,)), hidden_loss(small_bank), foreign)
+    assert same(search(small_bank, 0, QUICK, hidden_loss(small_bank), foreign), undisturbed)
     damaged = tmp_path / "damaged"
     shutil.copytree(foreign, damaged)
     state = damaged / "search.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     with (damaged / "measured.txt").open("a") as file:
         file.write("\nhalf a line")
-    assert same(search(small_bank, 2.2, 0, QUICK, hidden_loss(small_bank), damaged), undisturbed)
+    assert same(search(small_bank, 0, QUICK, hidden_loss(small_bank), damaged), undisturbed)
 
 
-def test_the_lagrangian_plan_is_kept_where_nothing_is_better(small_bank: Bank) -> None:
-    baseline = lagrangian.allocate(small_bank, 2.2)
-    found = search(small_bank, 2.2, 0, QUICK, lambda choice: 1.0 + 0.1 * float((choice != baseline).any()))
-    np.testing.assert_array_equal(found.choice, baseline)
-    assert found.search["chosen"] == "lagrangian"
-    assert not found.fallback
+def test_doubt_where_no_learned_plan_is_better(small_bank: Bank) -> None:
+    baselines = [lagrangian.allocate(small_bank, bits) for bits in np.geomspace(2.0, 3.0, 3)]
+
+    def measure(choice: Choice) -> float:
+        return 1.0 + 0.1 * float(not any((choice == plan).all() for plan in baselines))
+
+    found = search(small_bank, 0, QUICK, measure)
+    assert "did not measure better at 2.449 bits" in found.doubt(2.5)
+    assert not found.exploded(2.5)
 
 
-def test_fallback_where_every_learned_plan_explodes(small_bank: Bank) -> None:
-    baseline = lagrangian.allocate(small_bank, 2.2)
-    found = search(small_bank, 2.2, 0, QUICK, lambda choice: np.inf if (choice != baseline).any() else 1.0)
-    np.testing.assert_array_equal(found.choice, baseline)
-    assert found.fallback
-    assert "not finite" in found.search["reason"]
+def test_doubt_where_every_learned_plan_explodes(small_bank: Bank) -> None:
+    baselines = [lagrangian.allocate(small_bank, bits) for bits in np.geomspace(2.0, 3.0, 3)]
+    found = search(
+        small_bank, 0, QUICK, lambda choice: 1.0 if any((choice == plan).all() for plan in baselines) else np.nan
+    )
+    assert "not finite" in found.doubt(2.2)
+    assert found.exploded(2.2)
 
 
-def test_a_learned_plan_wins_where_the_lagrangian_explodes(small_bank: Bank) -> None:
-    baseline = lagrangian.allocate(small_bank, 2.2)
-    found = search(small_bank, 2.2, 0, QUICK, lambda choice: 1.0 if (choice != baseline).any() else np.nan)
-    assert (found.choice != baseline).any()
-    assert not found.fallback
+def test_budgets_outside_of_the_range_are_left_to_the_lagrangian(undisturbed: Learned) -> None:
+    assert undisturbed.doubt(3.5) == "the search is for 2 to 3 bits (search.targets)"
+    assert undisturbed.doubt(1.9)
 
 
 def never(choice: Choice) -> float:
     raise AssertionError("must not be measured")
 
 
-@pytest.mark.parametrize(("bits", "evaluations"), [(2.2, 0), (2.2, 1), (30.0, 10)])
-def test_no_search_where_there_is_nothing_to_learn(small_bank: Bank, bits: float, evaluations: int) -> None:
-    found = search(small_bank, bits, 0, SearchSettings(evaluations=evaluations), never)
-    np.testing.assert_array_equal(found.choice, lagrangian.allocate(small_bank, bits))
-    assert found.search["chosen"] == "lagrangian"
+def test_without_measurements_the_predicted_errors_pay(small_bank: Bank) -> None:
+    found = search(small_bank, 0, dataclasses.replace(QUICK, evaluations=0), never)
+    best = small_bank.predicted_loss(lagrangian.allocate(small_bank, 2.4))
+    assert found.doubt(2.4) == ""
+    assert small_bank.predicted_loss(found.plan(small_bank, 2.4)) < 1.1 * best
 
 
-def test_a_target_below_the_metadata_names_the_lowest_one(small_bank: Bank) -> None:
-    with pytest.raises(WindquantError, match="lowest possible target"):
-        search(small_bank, 0.3, 0, QUICK, never)
+def test_a_cold_start_knows_nothing_of_the_lagrangian_plan(small_bank: Bank) -> None:
+    options = dataclasses.replace(QUICK, evaluations=0)
+    warm, cold = (search(small_bank, 0, dataclasses.replace(options, warm_start=on), never) for on in (True, False))
+    assert cold.search["curve"][0]["reward"] < 3 * warm.search["curve"][0]["reward"] < 0
+    assert 2.38 < small_bank.effective_bits(cold.plan(small_bank, 2.4)) <= 2.4
 
 
-def test_the_curriculum_comes_down_to_the_target(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:
+@pytest.mark.parametrize(("targets", "reason"), [((0.2, 0.4), "lowest possible target"), ((15.9, 16.0), "the best")])
+def test_no_policy_where_there_is_nothing_to_learn(small_bank: Bank, targets: tuple[float, ...], reason: str) -> None:
+    bank = dataclasses.replace(small_bank, bytes=small_bank.bytes // 2) if targets[0] > 1 else small_bank
+    found = search(bank, 0, SearchSettings(targets=targets), never)
+    assert reason in found.doubt(targets[0])
+    assert found.tensors == {}
+
+
+def test_the_range_ends_where_the_bank_does(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:
+    options = dataclasses.replace(QUICK, targets=(0.5, 16.0), episodes=4, evaluations=3)
+    low, high = search(small_bank, 0, options, hidden_loss(small_bank)).targets
+    assert (low, high) == (lowest(small_bank), min(16.0, highest(small_bank)))
+    limit(small_bank, low)  # can be met
+
+
+def test_the_curriculum_comes_down_to_the_range(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:
     seen: list[list[float]] = []
 
     class Watched(Search):
@@ -216,13 +250,29 @@ def test_the_curriculum_comes_down_to_the_target(small_bank: Bank, hidden_loss: 
             seen.append(brief.targets.tolist())
             return brief
 
-    options = SearchSettings(episodes=32, n_envs=4, evaluations=8)
-    Watched(small_bank, 2.2, 0, options, hidden_loss(small_bank), None, None).run()
-    assert [targets[-1] for targets in seen[:8]] == [3.0] * 2 + [2.5] * 2 + [2.2] * 4
-    measured = spread(round(ppo.TRAINING_SHARE * 7), 8)
-    assert all(targets[:count] == [2.2] * count for targets, count in zip(seen, measured, strict=False))
-    assert Search(small_bank, 2.7, 0, options, never, None, None).stages == [3.0]
-    assert Search(small_bank, 4.0, 0, options, never, None, None).stages == []
+    options = SearchSettings(episodes=32, n_envs=4, evaluations=8, targets=(2.2, 3.2))
+    watched = Watched(small_bank, 0, options, hidden_loss(small_bank), None, None)
+    watched.run()
+    for place, floor in enumerate([3.0] * 2 + [2.5] * 2 + [2.2] * 4):
+        measured = watched.schedule[place]
+        assert all(2.2 <= target <= 3.2 for target in seen[place][:measured])
+        assert all(floor <= target <= 3.2 for target in seen[place][measured:])
+    single = SearchSettings(episodes=8, n_envs=4, evaluations=8, targets=(2.7,))
+    assert Search(small_bank, 0, single, never, None, None).stages == [3.0]
+    assert Search(small_bank, 0, dataclasses.replace(single, targets=(4.0,)), never, None, None).stages == []
+
+
+def test_a_single_budget_is_a_range_too(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:
+    found = search(small_bank, 0, dataclasses.replace(QUICK, targets=(2.2,)), hidden_loss(small_bank))
+    assert found.targets == (2.2, 2.2)
+    assert {pair[-1] for pair in found.search["pairs"]} == {2.2}
+    assert 2.18 < small_bank.effective_bits(found.plan(small_bank, 2.2)) <= 2.2
+
+
+def test_anchors_are_the_ends_and_the_middle() -> None:
+    assert anchors((2.0, 2.0), 30) == [2.0]
+    assert anchors((1.5, 4.0), 5) == [pytest.approx(6**0.5)]
+    assert anchors((1.5, 4.0), 16) == pytest.approx([1.5, 6**0.5, 4.0])
 
 
 def test_measurements_are_spread_over_the_walks() -> None:
@@ -237,10 +287,7 @@ def test_measurements_are_spread_over_the_walks() -> None:
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"episodes": 0}, "search.episodes"),
-        ({"n_envs": 1}, "search.n_envs"),
         ({"evaluations": -1}, "search.evaluations"),
-        ({"learning_rate": 0.0}, "search.learning_rate"),
         ({"target_bits": 17.0}, "target_bits"),
         ({"target_bits": float("nan")}, "target_bits"),
         ({"reward_tokens": 1}, "search.reward_tokens"),
@@ -249,3 +296,21 @@ def test_measurements_are_spread_over_the_walks() -> None:
 def test_impossible_settings_are_named(changes: dict[str, float], key: str) -> None:
     with pytest.raises(WindquantError, match=key):
         Settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"episodes": 0}, "search.episodes"),
+        ({"n_envs": 1}, "search.n_envs"),
+        ({"evaluations": -1}, "search.evaluations"),
+        ({"learning_rate": 0.0}, "search.learning_rate"),
+        ({"targets": ()}, "search.targets: nothing is no range"),
+        ({"targets": (3.0, 2.0)}, "search.targets: 3, 2 is no range"),
+        ({"targets": (0.0, 2.0)}, "search.targets"),
+        ({"targets": (1.0, 2.0, 3.0)}, "search.targets"),
+    ],
+)
+def test_impossible_settings_of_the_search_are_named(changes: dict[str, float], key: str) -> None:
+    with pytest.raises(WindquantError, match=key):
+        SearchSettings(**changes)

@@ -16,8 +16,8 @@ from windquant.allocation import lagrangian
 from windquant.allocation.budget import cheapest, fill, limit, take
 from windquant.allocation.environment import AllocationEnv, AllocationVecEnv
 from windquant.allocation.loss_model import LossModel
+from windquant.allocation.network import actor, deterministic
 from windquant.allocation.policy import AllocationPolicy
-from windquant.allocation.ppo import deterministic
 from windquant.allocation.walk import Brief, Walk, plain_brief
 from windquant.bank import Bank
 
@@ -124,7 +124,7 @@ def untrained(bank: Bank, targets: list[float], offset: NDArray[np.float64] | No
     ppo = MaskablePPO(AllocationPolicy, env, n_steps=8, batch_size=8, policy_kwargs={"layout": env.walk.layout}, seed=0)
     brief = plain_brief(env.walk.model, targets)
     env.walk.begin(brief if offset is None else Brief(brief.targets, offset, offset))
-    return deterministic(ppo.policy, env.walk)
+    return deterministic(actor(ppo.policy.state_dict(), env.walk.layout, 64, True), env.walk)
 
 
 @pytest.mark.parametrize("bits", [1.6, 2.0, 2.5, 3.0, 4.0])

@@ -17,6 +17,7 @@ CHAIN = {
     "calibration": 1,
     "statistics": 1,
     "bank": 1,
+    "search": 1,
     "allocation": 1,
     "quantize": 1,
     "recovery": 1,
@@ -60,8 +61,42 @@ def test_comparison_shares_the_steps_of_the_model(folder: Path, snakemake: Snake
     done = snakemake(folder, "-n", "results/smollm2-135m_2.0bits.comparison.csv")
     jobs = planned(done.stdout)
     assert jobs["bank"] == jobs["statistics"] == jobs["perplexity_original"] == 1
-    assert jobs["allocation"] == jobs["recovery"] == jobs["result"] == 5
+    assert jobs["allocation"] == jobs["recovery"] == jobs["result"] == 7 * 3, "seven allocators, three seeds"
+    assert jobs["search"] == 2 * 3, "by chunk and by layer"
     assert jobs["comparison"] == 1
+    done = snakemake(folder, "-n", "results/smollm2-135m_2.0bits.comparison.csv", "--config", "seeds=[0]")
+    assert planned(done.stdout)["result"] == 7
+
+
+def test_all_budgets_share_one_search(folder: Path, snakemake: Snakemake) -> None:
+    done = snakemake(folder, "-n", "results/smollm2-135m.pareto.csv", "results/smollm2-135m.pareto.svg")
+    jobs = planned(done.stdout)
+    assert jobs["search"] == jobs["bank"] == jobs["pareto"] == jobs["pareto_picture"] == 1
+    assert jobs["allocation"] == jobs["result"] == 6
+    assert "results/smollm2-135m_2.25bits.json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "ablation", "banks", "searches", "results"),
+    [
+        ("smollm2-135m", "chunk", 3, 3, 3),
+        ("llama3.2-1b", "protection", 5, 5, 5),
+        ("smollm2-135m", "order", 2, 2, 2),
+        ("smollm2-135m", "measured", 1, 5, 5),
+        ("smollm2-135m", "recovery", 1, 1, 2),
+    ],
+)
+def test_an_ablation_repeats_what_its_changes_need(
+    folder: Path, snakemake: Snakemake, model: str, ablation: str, banks: int, searches: int, results: int
+) -> None:
+    done = snakemake(folder, "-n", f"results/{model}_2.0bits.ablation.{ablation}.csv")
+    assert done.returncode == 0, done.stdout
+    jobs = planned(done.stdout)
+    assert (jobs["bank"], jobs["search"], jobs["result"], jobs["ablation"]) == (banks, searches, results, 1)
+    assert jobs["statistics"] == jobs["perplexity_original"] == 1
+    if ablation == "chunk":
+        assert "--chunk=32" in done.stdout
+        assert "data/bank/smollm2-135m_chunk32.safetensors" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -74,6 +109,8 @@ def test_comparison_shares_the_steps_of_the_model(folder: Path, snakemake: Snake
         ("results/smollm2-135m_17bits.json", "17 bits: impossible"),
         ("results/smollm2-135m_-2bits.greedy.json", "-2 bits: impossible"),
         ("results/smollm2-135m_2.0bits.gredy.json", "unknown allocator gredy, did you mean greedy?"),
+        ("results/smollm2-135m_2.0bits.ppo-chunk33.json", "unknown change chunk33, did you mean chunk32?"),
+        ("results/smollm2-135m_2.0bits.ablation.chunks.csv", "unknown ablation chunks, did you mean chunk?"),
     ],
 )
 def test_impossible_targets(folder: Path, snakemake: Snakemake, target: str, message: str) -> None:
@@ -92,6 +129,9 @@ def test_impossible_targets(folder: Path, snakemake: Snakemake, target: str, mes
             "evaluation.data_dir: nowhere has no piqa.test.jsonl or piqa.validation.jsonl; put the rows",
         ),
         ("units={chunk: many}", "units.chunk: 'many' is not of type 'integer'"),
+        ("ablations={a: {b: {unit: {chunk: 8}}}}", "ablations.a.b.unit: unknown key"),
+        ("ablations={a: {b: {units: {chunks: 8}}}}", "ablations.a.b.units.chunks: unknown key"),
+        ("seeds=[]", "seeds: "),
     ],
 )
 def test_wrong_configuration(folder: Path, snakemake: Snakemake, setting: str, message: str | None) -> None:

@@ -1,7 +1,8 @@
 """Allocators: what makes a plan from a bank and a budget.
 
-Each one is a file with `allocate(bank, target_bits, seed) -> int[U]`, listed here. The learned one, `ppo`, also needs a
-way to measure plans and is in `windquant.allocation.ppo`.
+Each one is a file with `allocate(bank, target_bits, seed) -> int[U]`, listed here. Those that measure plans are beside
+them: `ppo` takes a policy that decides chunk by chunk (`windquant.allocation.ppo`), `layer` one that decides layer by
+layer, and `evolution` knows nothing but its measurements.
 """
 
 from collections.abc import Callable
@@ -16,4 +17,4 @@ BASELINES: dict[str, Callable[[Bank, float, int], Choice]] = {
     "lagrangian": lagrangian.allocate,
     "random": randomized.allocate,
 }
-ALLOCATORS = ("ppo", *BASELINES)
+ALLOCATORS = ("ppo", *BASELINES, "layer", "evolution")

@@ -1,9 +1,11 @@
 """Allocation: choose one action for every unit, so that the plan meets a target of effective bits.
 
+    python -m windquant.allocation --bank BANK --search SEARCH.safetensors --target-bits 2.25 --output PLAN.json
     python -m windquant.allocation --bank BANK --allocator lagrangian --target-bits 2.0 --output PLAN.json
-    python -m windquant.allocation --model DIR --calibration DIR --statistics FILE --bank BANK --output PLAN.json
 
-The allocator `ppo` measures plans on the model, so it needs all four inputs; the others need the bank only.
+The allocators `ppo` and `layer` take a policy that `windquant.search` has made, and `ppo`, where --model, --calibration
+and --statistics are given too, confirms its plan as a really quantized model. `evolution` measures plans and needs
+these three. The others need the bank only.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import numpy as np
 
 from windquant import step
 from windquant.allocation import BASELINES, lagrangian
-from windquant.allocation.budget import Choice
+from windquant.allocation.budget import Choice, limit
 from windquant.allocation.settings import Settings
 from windquant.bank import Bank
 from windquant.errors import WindquantError
@@ -21,81 +23,121 @@ from windquant.progress import Progress
 from windquant.step import Task
 
 if TYPE_CHECKING:
-    from windquant.allocation.ppo import Found
     from windquant.measure import LossMeter
+
+MODEL = ("model", "calibration", "statistics")  # inputs of whatever measures
 
 
 def run(task: Task, settings: Settings) -> None:
     """Write the plan; note its shares, bits and losses."""
     bank = Bank.load(task.inputs["bank"])
-    if settings.allocator == "ppo":
-        plan = learned(task, settings, bank)
+    limit(bank, settings.target_bits)  # raises before anything else is read
+    document: dict[str, Any] = {}
+    if settings.allocator in ("ppo", "layer"):
+        choice, document = learned(task, settings, bank)
+    elif settings.allocator == "evolution":
+        choice, document = evolved(task, settings, bank)
     else:
         choice = BASELINES[settings.allocator](bank, settings.target_bits, task.seed)
-        plan = bank.plan(choice, allocator=settings.allocator, target_bits=settings.target_bits, seed=task.seed)
-        task.note("shares", bank.shares(choice))
+    plan = bank.plan(
+        choice,
+        allocator=settings.allocator,
+        target_bits=settings.target_bits,
+        seed=task.seed,
+        fallback=document.pop("fallback", False),
+        search=document,
+    )
     plan.save(task.output)
     task.artifact(task.output)
     task.metrics({"effective_bits": plan.effective_bits, "predicted_loss": plan.predicted_loss})
+    task.note("shares", bank.shares(choice))
+    for name in ("chosen", "reason", "confirmed", "evaluations"):
+        if name in document:
+            task.note(name, document[name])
     task.note("effective_bits", plan.effective_bits)
     task.note("predicted_loss", plan.predicted_loss)
     task.note("fallback", plan.fallback)
 
 
-def learned(task: Task, settings: Settings, bank: Bank) -> Plan:
-    """The plan of the PPO search."""
-    missing = [name for name in ("model", "calibration", "statistics") if name not in task.inputs]
-    if missing:
-        raise WindquantError(f"allocator ppo measures plans on the model: give --{' and --'.join(missing)} too")
-    from windquant.allocation.ppo import search  # stable-baselines3 takes seconds
-    from windquant.measure import LossMeter
+def learned(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[str, Any]]:
+    """The plan of a policy, and what its search saw.
 
-    model, texts, statistics = (task.inputs[name] for name in ("model", "calibration", "statistics"))
-    meter = LossMeter(model, texts, statistics, bank, tokens=settings.reward_tokens)
+    With `confirm` it is taken only where nothing speaks against it: else the Lagrangian one is.
+    """
+    from windquant.allocation.learned import Learned  # torch takes seconds
+
+    path = task.inputs.get("search")
+    if path is None:
+        raise WindquantError(
+            f"allocator {settings.allocator} takes a policy: give --search (python -m windquant.search)"
+        )
+    found = Learned.load(path)
+    wanted = "layer" if settings.allocator == "layer" else "chunk"
+    if found.per != wanted:
+        raise WindquantError(
+            f"{path}: a policy that decides by {found.per}; {settings.allocator} takes one by {wanted}"
+        )
+    try:
+        found.check(bank)
+    except WindquantError as error:
+        raise WindquantError(f"{path}: {error}") from error
+    baseline = lagrangian.allocate(bank, settings.target_bits)
+    confirm = settings.confirm and settings.allocator == "ppo"
+    reason = found.doubt(settings.target_bits) if confirm else found.reason
+    document = found.search | {"chosen": "lagrangian"}
+    if reason:
+        return baseline, document | {"reason": reason, "fallback": found.exploded(settings.target_bits)}
+    choice = found.plan(bank, settings.target_bits)
+    if np.array_equal(choice, baseline):
+        return baseline, document | {"reason": "the policy's plan is the Lagrangian one"}
+    if confirm and all(name in task.inputs for name in MODEL):
+        plans = [
+            bank.plan(some, allocator=name, target_bits=settings.target_bits, seed=0)
+            for name, some in (("lagrangian", baseline), ("ppo", choice))
+        ]
+        standard, own = confirmed(task, plans, meter(task, settings, bank))
+        document["confirmed"] = {"lagrangian": standard, "learned": own}
+        if not own < standard:
+            return baseline, document | {"reason": "the learned plan was not better once it was really quantized"}
+    return choice, document | {"chosen": "policy"}
+
+
+def confirmed(task: Task, plans: list[Plan], meter: "LossMeter") -> list[float]:
+    """Loss gaps of plans that are really quantized, on text that the search has not seen."""
+    progress: Progress[None] = task.progress(total=sum(len(plan.actions) for plan in plans), label="confirming")
+    with progress:
+        return meter.confirm(plans, progress.update)
+
+
+def evolved(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[str, Any]]:
+    """The best measured plan of an evolution strategy."""
+    from windquant.allocation import evolution
+
+    measuring = meter(task, settings, bank)
     progress: Progress[None] = task.progress(total=settings.evaluations, label="measured plans")
     with progress:
 
         def measure(choice: Choice) -> float:
-            loss = meter.loss_gap(choice)
+            loss = measuring.loss_gap(choice)
             progress.update(1)
             return loss
 
-        found = search(bank, settings.target_bits, task.seed, settings, measure, task.cache, task.metrics)
-    choice, document = confirmed(task, bank, settings.target_bits, meter, found)
-    task.note("shares", bank.shares(choice))
-    task.note("chosen", document["chosen"])
-    for name in ("lagrangian_loss", "loss", "evaluations"):
-        if name in document:
-            task.note(name, document[name])
-            task.metric(name, document[name])
-    return bank.plan(
-        choice,
-        allocator="ppo",
-        target_bits=settings.target_bits,
-        seed=task.seed,
-        fallback=found.fallback,
-        search=document,
-    )
+        trials = evolution.search(bank, settings.target_bits, task.seed, settings, measure, task.cache)
+    best = min(trials, key=lambda trial: trial.loss)
+    pairs = [[t.source, *(round(v, 6) for v in (t.predicted, t.corrected, t.loss, t.target))] for t in trials]
+    return best.choice, {"chosen": best.source, "evaluations": len(trials), "pairs": pairs}
 
 
-def confirmed(
-    task: Task, bank: Bank, target_bits: float, meter: "LossMeter", found: "Found"
-) -> tuple[Choice, dict[str, Any]]:
-    """The search's plan if it beats the Lagrangian one once both are really quantized, on other text; else that one."""
-    baseline = lagrangian.allocate(bank, target_bits)
-    if np.array_equal(found.choice, baseline):
-        return baseline, found.search
-    rivals = (("lagrangian", baseline), ("ppo", found.choice))
-    plans = [bank.plan(choice, allocator=name, target_bits=target_bits, seed=0) for name, choice in rivals]
-    progress: Progress[None] = task.progress(total=len(plans) * len(bank.linears), label="confirming")
-    with progress:
-        standard, learned = meter.confirm(plans, progress.update)
-    document = found.search | {"confirmed": {"lagrangian": standard, "learned": learned}}
-    if learned < standard:
-        return found.choice, document
-    reason = "the learned plan was not better once it was really quantized"
-    return baseline, document | {"chosen": "lagrangian", "reason": reason}
+def meter(task: Task, settings: Settings, bank: Bank) -> "LossMeter":
+    """What measures plans; raises WindquantError if the inputs for it are missing."""
+    missing = [name for name in MODEL if name not in task.inputs]
+    if missing:
+        raise WindquantError(f"allocator {settings.allocator} measures plans: give --{' and --'.join(missing)} too")
+    from windquant.measure import LossMeter
+
+    model, texts, statistics = (task.inputs[name] for name in MODEL)
+    return LossMeter(model, texts, statistics, bank, tokens=settings.reward_tokens)
 
 
 if __name__ == "__main__":
-    step.main("allocation", run, Settings, inputs=("model?", "calibration?", "statistics?", "bank"))
+    step.main("allocation", run, Settings, inputs=("model?", "calibration?", "statistics?", "bank", "search?"))

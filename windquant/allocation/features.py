@@ -10,7 +10,7 @@ from windquant.allocation.budget import prices
 from windquant.bank import Bank
 
 #: Version of the observation: a policy reads only observations of its own version.
-VERSION = 1
+VERSION = 2
 #: Logarithms of an action's error in the policy's observation are cut here: beyond, the choice is clear.
 REACH = 8.0
 
@@ -69,20 +69,27 @@ def corrections(bank: Bank) -> tuple[list[str], NDArray[np.float64]]:
     return [name for name, _ in columns], np.stack([values for _, values in columns], axis=1)
 
 
-def unit_features(bank: Bank) -> NDArray[np.float32]:
-    """[U, F] what the policy sees of a unit and what no decision changes; everything is of order one."""
+def unit_features(bank: Bank) -> tuple[list[str], NDArray[np.float32]]:
+    """What the policy sees of a unit and what no decision changes: names [F] and values [U, F], all of order one."""
     place = geometry(bank)
     errors = prices(bank)
     kind = np.eye(len(place.kinds))[place.kind]
     worst = np.where(np.isfinite(errors), errors, 0.0).max(axis=1)
-    columns = [
-        kind,
-        kind * place.depth[:, None],
-        np.stack([place.depth, place.depth**2 - 1 / 3, place.layer == 0, place.layer == place.layer.max()], axis=1),
-        np.stack([place.rank, place.first], axis=1),
-        np.stack([standard(np.log(positive(values))) for values in (bank.energy, worst, bank.unit_weights)], axis=1),
+    columns: list[tuple[str, NDArray[Any]]] = [
+        *((f"kind {name}", kind[:, i]) for i, name in enumerate(place.kinds)),
+        *((f"depth x kind {name}", kind[:, i] * place.depth) for i, name in enumerate(place.kinds)),
+        ("depth", place.depth),
+        ("depth squared", place.depth**2 - 1 / 3),
+        ("first layer", place.layer == 0),
+        ("last layer", place.layer == place.layer.max()),
+        ("rank", place.rank),
+        ("first chunk", place.first),
+        *(
+            (name, standard(np.log(positive(values))))
+            for name, values in (("energy", bank.energy), ("worst error", worst), ("weights", bank.unit_weights))
+        ),
     ]
-    return np.concatenate(columns, axis=1).astype(np.float32)
+    return [name for name, _ in columns], np.stack([values for _, values in columns], axis=1).astype(np.float32)
 
 
 def positive(values: NDArray[Any]) -> NDArray[np.float64]:

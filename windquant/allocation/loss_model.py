@@ -3,11 +3,12 @@
 The bank says that a plan costs sum_u error[u, a_u]; at 2 bits that is wrong, in a way that a few dozen measurements can
 teach. The model
 
-    log measured = offset + power * log sum_u error[u, a_u] exp(phi_u w + v_a)
+    log measured = offset + power L + bend L^2,    L = log sum_u error[u, a_u] exp(phi_u w + v_a)
 
 multiplies the errors along a few directions (`features.corrections`: kind of linear, depth, saliency) and per action,
-and saturates as a whole (power < 1: errors overlap). With priors w ~ N(0, 1), v ~ N(0, 0.2^2), power ~ N(0.8, 0.2^2)
-the parameters are the most probable ones given all measurements (Levenberg-Marquardt, a few milliseconds), and their
+and saturates as a whole (errors overlap), at one budget more than at another: that is what makes plans of all budgets
+teach the same multipliers. With priors w ~ N(0, 1), v ~ N(0, 0.2^2), power ~ N(0.8, 0.2^2), bend ~ N(0, 0.1^2) the
+parameters are the most probable ones given all measurements (Levenberg-Marquardt, a few milliseconds), and their
 posterior (Laplace) tells what is still unknown. Without measurements the errors are the bank's.
 
 This is how a reward that comes once in thousands of decisions gets its credit: the end of an episode refits the model,
@@ -25,11 +26,12 @@ from windquant.allocation.features import corrections
 from windquant.bank import Bank
 
 ACTION_SPREAD = 0.2  # prior standard deviation of the logarithm of an action's multiplier
-POWER, POWER_SPREAD = 0.8, 0.2
 OFFSET_SPREAD = 2.0
+POWER, POWER_SPREAD = 0.8, 0.2
+BEND_SPREAD = 0.1
 NOISE = 0.01  # relative; what the directions cannot explain counts as noise, and this is its smallest value
 Vector = NDArray[np.float64]
-FLOOR = 0.02  # gaps below this share of the first (positive) one say nothing more: the logarithm stays finite
+FLOOR = 0.02  # gaps below this share of the predicted one say nothing more: the logarithm stays finite
 
 
 @dataclass
@@ -47,8 +49,8 @@ class LossModel:
         self.errors = prices(self.bank)
         self.size = self.phi.shape[1] + len(self.bank.actions)
         scale = np.r_[np.ones(self.phi.shape[1]), np.full(len(self.bank.actions), ACTION_SPREAD)]
-        self._prior_mean = np.r_[np.zeros(self.size), 0.0, POWER]
-        self._prior_spread = np.r_[scale, OFFSET_SPREAD, POWER_SPREAD]
+        self._prior_mean = np.r_[np.zeros(self.size), 0.0, POWER, 0.0]
+        self._prior_spread = np.r_[scale, OFFSET_SPREAD, POWER_SPREAD, BEND_SPREAD]
         self._theta = self._prior_mean.copy()
         self._precision = np.diag(self._prior_spread**-2)
 
@@ -70,7 +72,8 @@ class LossModel:
     def predict(self, choice: Choice) -> float:
         """Expected measured loss gap of a plan [U], nats per token."""
         total = take(self.errors * self.multipliers(self._theta[: self.size]), choice).sum()
-        return float(np.exp(self._theta[-2]) * total ** self._theta[-1])
+        offset, power, bend = self._theta[self.size :]
+        return float(np.exp(offset + power * np.log(total) + bend * np.log(total) ** 2))
 
     def add(self, choice: Choice, loss: float) -> None:
         """Learn from one measurement. A loss that is not finite is kept but not learned from."""
@@ -81,21 +84,24 @@ class LossModel:
     def _fit(self) -> None:
         losses = np.array(self.losses)
         good = np.isfinite(losses)
-        if not good.any() or losses[good][0] <= 0:
-            return  # nothing to measure against: the loss does not rise at all
-        logs = np.log(np.maximum(losses[good], FLOOR * losses[good][0]))
+        if not (losses[good] > 0).any():
+            return  # nothing to learn from: the loss does not rise at all
         plans = np.array(self.plans)[good]
         error = np.stack([take(self.errors, plan) for plan in plans])  # [n, U]
+        logs = np.log(np.maximum(losses[good], FLOOR * error.sum(axis=1)))
         split, count = self.phi.shape[1], len(self.bank.actions)
 
         def residual(theta: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            """[n] what is not explained, and its negative Jacobian [n, d + A + 2]."""
+            """[n] what is not explained, and its negative Jacobian [n, d + A + 3]."""
             part = error * np.exp(self.phi @ theta[:split] + theta[split : self.size][plans])
             total = part.sum(axis=1)
             by_action = np.stack([(part * (plans == action)).sum(axis=1) for action in range(count)], axis=1)
-            slope = theta[-1] * np.concatenate([part @ self.phi, by_action], axis=1) / total[:, None]
             log = np.log(total)
-            return logs - theta[-2] - theta[-1] * log, np.column_stack([slope, np.ones_like(log), log])
+            offset, power, bend = theta[self.size :]
+            steepness = (power + 2 * bend * log) / total
+            slope = steepness[:, None] * np.concatenate([part @ self.phi, by_action], axis=1)
+            explained = offset + power * log + bend * log**2
+            return logs - explained, np.column_stack([slope, np.ones_like(log), log, log**2])
 
         noise = NOISE
         for _ in range(2):  # once with the smallest noise, once with the one that this leaves

@@ -1,77 +1,65 @@
-"""PPO: a policy that learns where the bank's loss model is wrong, from few measured plans.
+"""PPO: one policy for every budget, which learns where the bank's loss model is wrong, from few measured plans.
 
 A measurement of a plan's real loss costs seconds and is one number for thousands of decisions. So it does not pay them
 directly: it refits the *loss model* (`loss_model.py`: a few multipliers of the predicted errors), and the model's
-corrected errors pay every decision (`walk.py`). The search goes round in a loop:
+corrected errors pay every decision (`walk.py`). What is learned about an error holds at every budget, so every episode
+draws a target of its own, and the policy sees it. The search goes round in a loop:
 
-    1. Episodes walk through all units; the policy starts as the Lagrangian plan (`policy.py`).
+    1. Episodes walk through all units; the policy starts as the Lagrangian plan of whatever target (`policy.py`).
     2. A few of them, made under hypotheses drawn from the loss model's posterior (Thompson sampling), are measured:
        plans that differ in what is still unknown, none of them far from the best.
     3. The loss model is refitted; PPO trains on the rewards in its errors.
 
-At the end the deterministic policy proposes plans in the same way for the evaluations that are left. The best
-*measured* plan wins; the Lagrangian plan is always the first that is measured, so nothing worse comes out, as far as
-the reward split can tell.
+The Lagrangian plans of a few targets are measured first, and the policy's own plans of the same targets last: these
+pairs say whether anything was learned.
 
-The search's state is written after every update: a killed search goes on and ends with the same plan.
+The search's state is written after every update: a killed search goes on and ends with the same policy.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.logger import Logger
 
-from windquant.allocation import checkpoint, lagrangian
-from windquant.allocation.budget import Choice, fill, limit, prices, take
+from windquant.allocation import checkpoint, features, lagrangian
+from windquant.allocation.budget import Choice, fill, highest, limit, lowest
 from windquant.allocation.curve import CurveWriter, Report
 from windquant.allocation.environment import AllocationVecEnv
+from windquant.allocation.learned import Learned
 from windquant.allocation.loss_model import LossModel
+from windquant.allocation.network import actor, deterministic
 from windquant.allocation.policy import AllocationPolicy
 from windquant.allocation.settings import SearchSettings
-from windquant.allocation.trials import Measure, Trial, Trials
+from windquant.allocation.trials import Measure, Trial, Trials, identity
 from windquant.allocation.walk import Brief, Walk
 from windquant.bank import Bank
 
 UPDATES = 8  # of the policy per walk through all units
 MINIBATCHES = 4  # per epoch
 GAE_LAMBDA = 0.5  # the shaped rewards are local: far rewards would add noise only
-TRAINING_SHARE = 2 / 3  # of the evaluations; the rest measures what the trained policy proposes
-ROUND = 3  # proposals that are measured before the loss model is refitted
-
-
-@dataclass(frozen=True)
-class Found:
-    """The plan that a search ends with."""
-
-    choice: Choice
-    fallback: bool  # the learned plans could not be used
-    search: dict[str, Any]  # for the plan's file
+TRAINING_SHARE = 2 / 3  # of the evaluations behind the first ones; the rest measures what the trained policy makes
+ANCHORS = 3  # targets whose Lagrangian plans are measured first, where a range is asked for
+FEW = 9  # evaluations below which one target has to do
 
 
 def search(
     bank: Bank,
-    target_bits: float,
     seed: int,
     settings: SearchSettings,
     measure: Measure,
     cache: Path | None = None,
     report: Report | None = None,
-) -> Found:
-    """Train a policy for one target and return the best measured plan.
+) -> Learned:
+    """Train a policy for all targets of `settings.targets` that the bank allows.
 
     `measure(choice [U])` is the loss gap in nats per token of a materialized plan; it is called at most
     `settings.evaluations` times. `cache` is a folder for the state; `report(values, update)` gets the learning curve.
-    Raises WindquantError if the target cannot be met. Same seed, same plan.
+    Same seed, same policy.
     """
     with threads(1) as original:
 
@@ -79,7 +67,7 @@ def search(
             with threads(original):
                 return measure(choice)
 
-        return Search(bank, target_bits, seed, settings, measured, cache, report).run()
+        return Search(bank, seed, settings, measured, cache, report).run()
 
 
 class Search:
@@ -88,52 +76,57 @@ class Search:
     def __init__(
         self,
         bank: Bank,
-        target_bits: float,
         seed: int,
         settings: SearchSettings,
         measure: Measure,
         cache: Path | None,
         report: Report | None,
     ) -> None:
-        self.bank, self.target, self.seed, self.settings = bank, target_bits, seed, settings
+        self.bank, self.seed, self.settings = bank, seed, settings
         self.cache, self.report = cache, report or (lambda values, update: None)
-        self.budget = limit(bank, target_bits)
+        self.span = (max(settings.targets[0], lowest(bank)), min(settings.targets[-1], highest(bank)))
         self.random = np.random.default_rng(seed)
         self.model = LossModel(bank)
         self.curve: list[dict[str, float]] = []
         self.walks = max(1, -(-settings.episodes // settings.n_envs))
         self.walked = 0  # finished walks (of n_envs episodes each)
         self.learned = self.model.weights  # the loss model that the policy was trained for last
-        self.schedule = spread(round(TRAINING_SHARE * (settings.evaluations - 1)), self.walks)
-        self.stages = [target for target in settings.curriculum if target > target_bits and not plenty(bank, target)]
-        self.key = identity(bank, target_bits, seed, settings)
+        self.stages = [target for target in settings.curriculum if self.span[0] < target < highest(bank)]
+        self.anchors = anchors(self.span, settings.evaluations)
+        rest = max(0, settings.evaluations - len(self.anchors))
+        rounds = max(1, round((1 - TRAINING_SHARE) * rest / len(self.anchors)))
+        self.schedule = spread(max(0, rest - rounds * len(self.anchors)), self.walks)
+        self.key = identity(bank, seed, settings)
         record = cache / "measured.txt" if cache else None
         self.trials = Trials(self.model, measure, settings.evaluations, record, self.key)
+        self.checks: dict[float, float] = {}  # measured losses of the policy's plans, by target
 
-    def run(self) -> Found:
-        baseline = lagrangian.allocate(self.bank, self.target)
-        if plenty(self.bank, self.target):
-            return Found(baseline, False, {"chosen": "lagrangian", "reason": "the budget takes the best of everything"})
-        if self.settings.evaluations < 2:
-            return Found(baseline, False, {"chosen": "lagrangian", "reason": "nothing to learn without measurements"})
+    def run(self) -> Learned:
+        low = self.span[0]
+        if low > self.settings.targets[-1]:
+            return self.conclude({}, f"the lowest possible target of this bank is {low:g}")
+        if low >= highest(self.bank):
+            return self.conclude({}, "the budget takes the best of everything")
         env = AllocationVecEnv(Walk(self.bank, self.model), self.settings.n_envs, self.brief, self.finish)
         ppo = self.trainer(env)
         if not self.resume(ppo, env):
-            self.trials.run(baseline, "lagrangian")
+            for target in self.anchors[: self.settings.evaluations]:
+                self.trials.run(lagrangian.allocate(self.bank, target), target, "lagrangian")
         steps = self.walks * len(self.bank.linear)
         for update in range(len(self.curve), -(-steps // ppo.n_steps)):
             self.save(ppo, env)
-            ppo.logger.record("target", self.stage())
+            ppo.logger.record("target", self.stage()[0])
             ppo.learn(1, reset_num_timesteps=False, log_interval=10**9)  # one rollout and its update
             ppo.logger.record("reward", float(ppo.rollout_buffer.rewards.mean()))
             ppo.logger.dump(update)
-        self.propose(ppo.policy)
-        return self.conclude()
+        self.check(ppo)
+        return self.conclude(ppo.policy.state_dict())
 
     # 1. episodes
 
     def trainer(self, env: AllocationVecEnv) -> MaskablePPO:
         steps = -(-len(self.bank.linear) // UPDATES)
+        kwargs = {"layout": env.walk.layout, "hidden": self.settings.hidden, "warm": self.settings.warm_start}
         ppo = MaskablePPO(
             AllocationPolicy,
             env,
@@ -143,7 +136,7 @@ class Search:
             learning_rate=self.settings.learning_rate,
             gamma=1.0,
             gae_lambda=GAE_LAMBDA,
-            policy_kwargs={"layout": env.walk.layout, "hidden": self.settings.hidden},
+            policy_kwargs=kwargs,
             device="cpu",
             seed=self.seed,
         )
@@ -151,14 +144,15 @@ class Search:
         return ppo
 
     def brief(self) -> Brief:
-        """What the next walk is about: its target, and one hypothesis per episode.
+        """What the next walk is about: a target and a hypothesis per episode.
 
-        The first episodes will be measured, so they are at the real target. Every second one of the others follows the
-        most probable loss model, which the policy has to learn; the rest is told how its hypothesis differs from that.
+        The first episodes will be measured: their targets are of the whole range, those of the others of the
+        curriculum's part of it. Every second one of the others follows the most probable loss model, which the policy
+        has to learn; the rest is told how its hypothesis differs from that.
         """
         count = self.settings.n_envs
         measured = self.measurements()
-        targets = np.array([self.target] * measured + [self.stage()] * (count - measured))
+        targets = np.concatenate([self.draw(measured, *self.span), self.draw(count - measured, *self.stage())])
         if self.walked < self.walks:
             self.learned = self.model.weights
         samples = np.stack([self.model.sample(self.random) for _ in range(count)])
@@ -166,10 +160,17 @@ class Search:
         offset = np.where(told[:, None], samples - self.learned, 0.0)
         return Brief(targets, self.learned + offset, offset)
 
-    def stage(self) -> float:
-        """The curriculum's target for this walk."""
-        place = self.walked * (len(self.stages) + 2) // self.walks  # the real target gets two shares
-        return self.stages[place] if place < len(self.stages) else self.target
+    def draw(self, count: int, low: float, high: float) -> NDArray[np.float64]:
+        """[count] targets from `low` to `high`, evenly spread on a logarithmic scale: a bit less is a quarter of the
+        loss more or less at every budget."""
+        share = (self.random.permutation(count) + self.random.random(count)) / max(1, count)
+        return low * (high / low) ** share
+
+    def stage(self) -> tuple[float, float]:
+        """The curriculum's lowest and highest target for this walk."""
+        place = self.walked * (len(self.stages) + 2) // self.walks  # the whole range gets two shares
+        floor = self.stages[place] if place < len(self.stages) else self.span[0]
+        return floor, max(floor, self.span[1])
 
     def measurements(self) -> int:
         """How many episodes of this walk are measured."""
@@ -185,22 +186,28 @@ class Search:
         """
         reward = np.zeros(len(choice))
         for episode, plan in enumerate(choice[: self.measurements()]):
-            if trial := self.trials.run(fill(self.bank, plan, self.budget), "sampled"):
-                reward[episode] = trial.corrected - min(trial.loss, 2 * trial.corrected)
+            target = float(brief.targets[episode])
+            trial = self.trials.run(fill(self.bank, plan, limit(self.bank, target)), target, "sampled")
+            reward[episode] = trial.corrected - min(trial.loss, 2 * trial.corrected)
         self.walked += 1
         return reward
 
-    def propose(self, policy: MaskableActorCriticPolicy) -> None:
-        """Spend the evaluations that are left on plans of the deterministic policy."""
-        idle = 0
+    def check(self, ppo: MaskablePPO) -> None:
+        """Spend the evaluations that are left on the trained policy's plans of the targets that were measured first.
+
+        Round after round: what one teaches, the policy is told in the next.
+        """
         walk = Walk(self.bank, self.model)
-        while self.trials.left > 0 and idle < 3:
-            samples = [self.model.sample(self.random) for _ in range(ROUND - 1)]
-            weights = np.stack([self.model.weights, *samples])
-            walk.begin(Brief(np.full(len(weights), self.target), weights, weights - self.learned))
-            plans = deterministic(policy, walk)[: self.trials.left]
-            new = [self.trials.run(fill(self.bank, plan, self.budget), "deterministic") for plan in plans]
-            idle = 0 if any(new) else idle + 1
+        network = actor(ppo.policy.state_dict(), walk.layout, self.settings.hidden, self.settings.warm_start)
+        before = -1
+        while self.trials.left > 0 and len(self.trials.done) > before:
+            before = len(self.trials.done)
+            weights = np.stack([self.model.weights] * len(self.anchors))
+            walk.begin(Brief(np.array(self.anchors), weights, weights - self.learned))
+            for target, plan in zip(self.anchors, deterministic(network, walk), strict=True):
+                choice = fill(self.bank, plan, limit(self.bank, target))
+                if self.trials.left > 0 or self.trials.known(choice):
+                    self.checks[target] = self.trials.run(choice, target, "deterministic").loss
 
     # 3. state, result
 
@@ -215,8 +222,8 @@ class Search:
             "optimizer": checkpoint.optimizer_tensors(ppo.policy.optimizer),
             "environment": env.state(),
             "trial": {
-                "choice": np.stack([trial.choice for trial in done]),
-                "value": np.array([[trial.loss, trial.predicted, trial.corrected] for trial in done]),
+                "choice": np.array([trial.choice for trial in done]).reshape(len(done), -1),
+                "value": np.array([[t.target, t.loss, t.predicted, t.corrected] for t in done]).reshape(-1, 4),
             },
             "random": numbers,
             "search": {"learned": self.learned},
@@ -248,8 +255,8 @@ class Search:
         checkpoint.restore_optimizer(ppo.policy.optimizer, groups.get("optimizer", {}))
         values = groups["trial"]["value"].tolist()
         trials = zip(groups["trial"]["choice"].numpy(), values, document["sources"], strict=True)
-        for choice, (loss, predicted, corrected), source in trials:
-            self.trials.add(Trial(choice, loss, source, predicted, corrected))
+        for choice, (target, loss, predicted, corrected), source in trials:
+            self.trials.add(Trial(choice, target, loss, source, predicted, corrected))
         self.curve[:] = document["curve"]
         self.walked = document["walked"]
         self.learned = groups["search"]["learned"].numpy()
@@ -260,47 +267,47 @@ class Search:
         checkpoint.restore_random_state(groups["random"], document["global_random"])
         return True
 
-    def conclude(self) -> Found:
-        """The best measured plan, and what the search saw."""
-        first, *learned = self.trials.done
-        best = min(learned, key=lambda trial: trial.loss, default=first)
-        usable = np.isfinite(best.loss)
-        chosen = best if best.loss < first.loss else first
+    def conclude(self, policy: dict[str, torch.Tensor], reason: str = "") -> Learned:
+        """The policy, and what the search saw."""
         split = len(self.model.names)
-        factors = np.exp(self.model.weights)
+        weights = self.model.weights
+        first = {trial.target: trial.loss for trial in self.trials.done if trial.source == "lagrangian"}
         document = {
-            "chosen": chosen.source,
-            "lagrangian_loss": first.loss,
-            "loss": chosen.loss,
             "evaluations": len(self.trials.done),
-            "episodes": self.walks * self.settings.n_envs,
-            "pairs": [[t.source, *(round(v, 6) for v in (t.predicted, t.corrected, t.loss))] for t in self.trials.done],
-            "corrections": {n: round(float(w), 4) for n, w in zip(self.model.names, self.model.weights, strict=False)},
-            "action_factors": dict(zip(self.bank.actions, factors[split:].round(4).tolist(), strict=True)),
+            "episodes": self.walked * self.settings.n_envs,
+            "checks": [{"target": t, "lagrangian": first[t], "policy": loss} for t, loss in self.checks.items()],
+            "pairs": [
+                [t.source, *(round(v, 6) for v in (t.predicted, t.corrected, t.loss, t.target))]
+                for t in self.trials.done
+            ],
+            "corrections": {n: round(float(w), 4) for n, w in zip(self.model.names, weights, strict=False)},
+            "action_factors": dict(zip(self.bank.actions, np.exp(weights[split:]).round(4).tolist(), strict=True)),
             "curve": self.curve,
         }
-        if not usable:
-            document["reason"] = "the loss of every learned plan is not finite"
-        elif chosen is first:
-            document["reason"] = "no learned plan measured better than the Lagrangian one"
-        return Found(chosen.choice, not usable, document)
+        names, _ = features.unit_features(self.bank)
+        return Learned(
+            bank=self.bank.sha256,
+            per=self.settings.per,
+            targets=self.span,
+            actions=self.bank.actions,
+            features=names,
+            directions=self.model.names,
+            hidden=self.settings.hidden,
+            warm=self.settings.warm_start,
+            reason=reason,
+            search=document,
+            weights=weights,
+            told=weights - self.learned,
+            tensors=policy,
+        )
 
 
-def deterministic(policy: MaskableActorCriticPolicy, walk: Walk) -> NDArray[np.int64]:
-    """The plans [E, U] of the policy's best actions, for a walk that has begun."""
-    over = False
-    while not over:
-        with torch.no_grad():
-            observation = torch.as_tensor(walk.observe())
-            action = policy.get_distribution(observation, walk.mask()).get_actions(deterministic=True)
-        _, over = walk.step(action.numpy())
-    return walk.choice
-
-
-def plenty(bank: Bank, target_bits: float) -> bool:
-    """Whether the target pays for every unit's best action."""
-    errors = prices(bank)
-    return bool((take(errors, lagrangian.allocate(bank, target_bits)) == errors.min(axis=1)).all())
+def anchors(span: tuple[float, float], evaluations: int) -> list[float]:
+    """The targets whose Lagrangian plans are measured: the ends of the range and its middle, if there are enough."""
+    low, high = span
+    if low == high or evaluations < FEW:
+        return [(low * high) ** 0.5 if low < high else low]
+    return np.geomspace(low, high, ANCHORS).tolist()
 
 
 def spread(total: int, places: int) -> list[int]:
@@ -318,11 +325,3 @@ def threads(count: int) -> Iterator[int]:
         yield before
     finally:
         torch.set_num_threads(before)
-
-
-def identity(bank: Bank, target_bits: float, seed: int, settings: SearchSettings) -> str:
-    """What a search depends on, as a digest."""
-    digest = hashlib.sha256(json.dumps([bank.model, bank.actions, target_bits, seed, asdict(settings)]).encode())
-    for array in (bank.linear, bank.position, bank.width, bank.energy, bank.errors, bank.bytes):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

@@ -1,14 +1,17 @@
 """Measured plans: each one costs seconds, so none is measured twice, not even after a kill."""
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from windquant.allocation.budget import Choice
 from windquant.allocation.loss_model import LossModel
+from windquant.allocation.settings import MeasureSettings
+from windquant.bank import Bank
 
 Measure = Callable[[Choice], float]
 
@@ -18,8 +21,9 @@ class Trial:
     """One measured plan."""
 
     choice: Choice
+    target: float  # bits
     loss: float  # nats per token, inf where it is not finite
-    source: str  # lagrangian, sampled or deterministic
+    source: str  # lagrangian, sampled, deterministic or evolution
     predicted: float  # by the bank
     corrected: float  # by the loss model as it was before the measurement
 
@@ -43,12 +47,16 @@ class Trials:
         self.done.append(trial)
         self.model.add(trial.choice, trial.loss)
 
-    def run(self, choice: Choice, source: str) -> Trial | None:
-        """Measure a plan [U]; None if it was measured before."""
-        if any(np.array_equal(choice, trial.choice) for trial in self.done):
-            return None
+    def known(self, choice: Choice) -> Trial | None:
+        """The trial of a plan [U] that was measured before."""
+        return next((trial for trial in self.done if np.array_equal(choice, trial.choice)), None)
+
+    def run(self, choice: Choice, target: float, source: str) -> Trial:
+        """Measure a plan [U] that was made for `target` bits, unless it was measured before."""
+        if trial := self.known(choice):
+            return trial
         predicted, corrected = self.model.bank.predicted_loss(choice), self.model.predict(choice)
-        self.add(Trial(choice, self._loss(choice), source, predicted, corrected))
+        self.add(Trial(choice, target, self._loss(choice), source, predicted, corrected))
         return self.done[-1]
 
     def _loss(self, choice: Choice) -> float:
@@ -63,3 +71,8 @@ class Trials:
             with self.record.open("a") as file:
                 file.write(f"\n{self.key} {name} {measured!r}\n")  # the first newline ends a line that a kill cut off
         return measured
+
+
+def identity(bank: Bank, seed: int, settings: MeasureSettings) -> str:
+    """What a search depends on, as a digest."""
+    return hashlib.sha256(json.dumps([bank.sha256, seed, asdict(settings)]).encode()).hexdigest()

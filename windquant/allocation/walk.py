@@ -76,7 +76,7 @@ class Walk:
         self.rest = np.append(np.cumsum(least[::-1])[::-1], 0.0)  # [U + 1] bytes of the cheapest plan from a unit on
         self.bit = bank.unit_weights / 8  # [U] bytes of one bit per weight
         self.bits = (self.size / self.bit[:, None]).astype(np.float32)  # [U, A]
-        self.features = unit_features(bank)
+        _, self.features = unit_features(bank)
         self.above = geometry(bank).above
         self.starts = np.append(True, bank.linear[1:] != bank.linear[:-1])  # [U] first chunk of a linear
         self.weights_left = np.append(np.cumsum(bank.unit_weights[::-1])[::-1], 1).astype(np.float64)

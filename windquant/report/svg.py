@@ -14,13 +14,16 @@ from html import escape
 THEME = """
 :root { color-scheme: light dark;
   --page: #ffffff; --ink: #1c1f24; --soft: #5b6470; --line: #d7dbe0; --panel: #f5f6f8; --link: #0b5cad;
-  --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #b5589a; --s4: #9a7400; --s5: #5f6c7b; }
+  --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #b5589a; --s4: #9a7400;
+  --s5: #117733; --s6: #882255; --s7: #5f6c7b; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #14171c; --ink: #e6e9ed; --soft: #a3acb8; --line: #383e47; --panel: #1d2127; --link: #7fb8f0;
-  --s0: #56b4e9; --s1: #ff8f3f; --s2: #2ec99a; --s3: #dd8fc4; --s4: #e0b83a; --s5: #a9b4c2; } }
+  --s0: #56b4e9; --s1: #ff8f3f; --s2: #2ec99a; --s3: #dd8fc4; --s4: #e0b83a;
+  --s5: #8fd18b; --s6: #e58ab0; --s7: #a9b4c2; } }
 @media print { :root { color-scheme: light;
   --page: #ffffff; --ink: #1c1f24; --soft: #5b6470; --line: #d7dbe0; --panel: #f5f6f8; --link: #0b5cad;
-  --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #b5589a; --s4: #9a7400; --s5: #5f6c7b; } }
+  --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #b5589a; --s4: #9a7400;
+  --s5: #117733; --s6: #882255; --s7: #5f6c7b; } }
 """
 STYLE = (
     """
@@ -36,11 +39,11 @@ svg .hollow { fill: var(--page); stroke-width: 1.75; }
 """
     + "\n".join(
         f"svg .s{i} {{ stroke: var(--s{i}); }} svg .f{i} {{ fill: var(--s{i}); }} svg .h{i} {{ stroke: var(--s{i}); }}"
-        for i in range(6)
+        for i in range(8)
     )
     + "\n"
 )
-SERIES = 6  # number of colours
+SERIES = 8  # number of colours
 Point = tuple[float, float]
 
 
@@ -102,7 +105,8 @@ def standalone(svg: str, width: float) -> str:
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}</desc><style>{THEME}{STYLE}</style>{paper}{rest}\n'
 
 
-#: Marks of series, by index: circle, square, triangle, diamond, cross, triangle upside down. `r` is half their size.
+#: Marks of series, by index: circle, square, triangle, diamond, cross, triangles to the right and to the left, triangle
+#: upside down. `r` is half their size.
 SHAPES: tuple[Callable[[float, float, float], str], ...] = (
     lambda x, y, r: f"M{shown(x - r)} {shown(y)}a{shown(r)} {shown(r)} 0 1 0 {shown(2 * r)} 0"
     f"a{shown(r)} {shown(r)} 0 1 0 {shown(-2 * r)} 0z",
@@ -115,6 +119,8 @@ SHAPES: tuple[Callable[[float, float, float], str], ...] = (
             (0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4),
         )]
     ),
+    lambda x, y, r: _polygon([(x + 1.2 * r, y), (x - 0.9 * r, y + 1.15 * r), (x - 0.9 * r, y - 1.15 * r)]),
+    lambda x, y, r: _polygon([(x - 1.2 * r, y), (x + 0.9 * r, y + 1.15 * r), (x + 0.9 * r, y - 1.15 * r)]),
     lambda x, y, r: _polygon([(x, y + 1.2 * r), (x + 1.15 * r, y - 0.9 * r), (x - 1.15 * r, y - 0.9 * r)]),
 )  # fmt: skip
 

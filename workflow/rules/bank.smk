@@ -8,12 +8,12 @@ rule bank:
         statistics="data/statistics/{model}.safetensors",
         experiment=ancient("data/experiments/{model}.json"),
     output:
-        bank="data/bank/{model}.safetensors",
-        manifest="data/bank/{model}.safetensors.manifest.json",
+        bank="data/bank/{model}{change}.safetensors",
+        manifest="data/bank/{model}{change}.safetensors.manifest.json",
     log:
-        "logs/bank/{model}.log",
+        "logs/bank/{model}{change}.log",
     benchmark:
-        "logs/bank/{model}.benchmark.jsonl"
+        "logs/bank/{model}{change}.benchmark.jsonl"
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
@@ -27,7 +27,7 @@ rule bank:
         seed=seed,
         settings=settings("bank"),
     message:
-        "bank: errors and costs of every action for {wildcards.model}"
+        "bank: errors and costs of every action for {wildcards.model}{wildcards.change}"
     shell:
         "python -m windquant.bank --model {input.model} --statistics {input.statistics}"
         " --output {output.bank} --experiment {input.experiment} --seed {params.seed} --threads {threads}"

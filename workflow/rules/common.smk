@@ -50,27 +50,56 @@ CONFIG = one_line(configuration.validate)(config, SCHEMA)
 
 @cache
 @one_line
-def resolved(model):
-    """What the configuration says about a model."""
-    return configuration.resolve(CONFIG, SCHEMA, model)
+def resolved(model, change=""):
+    """What the configuration says about a model, under a change of an ablation."""
+    found = configuration.resolve(CONFIG, SCHEMA, model)
+    return configuration.changed(found, changes(model)[change]) if change else found
+
+
+@cache
+@one_line
+def changes(model):
+    """The changes of all ablations of a model."""
+    return configuration.changes(CONFIG, SCHEMA, model)
+
+
+@one_line
+def study(model, name):
+    """What compares the results of a model: its budgets, seeds or ablations."""
+    resolved(model)
+    return configuration.study(CONFIG, SCHEMA, model, name)
+
+
+@one_line
+def variant(wildcards):
+    """The allocator, change and seed that a file is about; an empty {baseline} is PPO."""
+    name = getattr(wildcards, "allocator", None) or getattr(wildcards, "baseline", "").removeprefix(".")
+    return configuration.variant(name or "ppo", changes(wildcards.model))
+
+
+def holds(wildcards):
+    """What holds for a file: the configuration of its model, under its change."""
+    change = getattr(wildcards, "change", "").removeprefix("_")
+    return resolved(wildcards.model, change or variant(wildcards).change)
 
 
 def settings(step):
     """The settings of a step, as flags."""
-    return lambda wildcards: configuration.flags(resolved(wildcards.model), step)
+    return lambda wildcards: configuration.flags(holds(wildcards), step)
 
 
 def search_settings(wildcards):
-    """The settings of the search, as flags; the baseline allocators have none."""
-    return settings("allocation")(wildcards) if wildcards.allocator == "ppo" else ""
+    """The settings of a plan, as flags; allocators that measure nothing have none."""
+    return settings("allocation")(wildcards) if variant(wildcards).allocator in configuration.MEASURING else ""
 
 
 def seed(wildcards):
-    return resolved(wildcards.model)["seed"]
+    own = variant(wildcards).seed
+    return resolved(wildcards.model)["seed"] if own is None else own
 
 
 def config_sha256(wildcards):
-    return configuration.sha256(resolved(wildcards.model))
+    return configuration.sha256(holds(wildcards))
 
 
 def code(*modules):
@@ -115,7 +144,7 @@ def ask(step, resource):
         if resource == "gpu":
             return 1 if GPUS else None
         bits = float(getattr(wildcards, "bits", 16))
-        found = estimate.resources(resolved(wildcards.model), step, bits, ALL_CORES, bool(GPUS), attempt)
+        found = estimate.resources(holds(wildcards), step, bits, ALL_CORES, bool(GPUS), attempt)
         return found[resource]
 
     return asked
@@ -128,14 +157,46 @@ def task_files(wildcards):
     return local.of_tasks(entry["tasks"], entry["data_dir"])
 
 
+def bank_of(wildcards):
+    """The bank of a plan or search: of the model, or one of its own where a change cuts the units otherwise."""
+    change = variant(wildcards).change
+    own = f"_{change}" if change and "units" in changes(wildcards.model)[change] else ""
+    return f"data/bank/{wildcards.model}{own}.safetensors"
+
+
 @one_line
 def bank_of_plan(wildcards):
     """The bank that a plan is made from; bits, allocator and, on this machine, memory and disk are checked on the way."""
     bits = configuration.check_bits(wildcards.bits)
-    allocator = configuration.check_allocator(wildcards.allocator)
+    allocator = variant(wildcards).allocator
     if workflow.is_main_process and workflow.local_exec and not workflow.dryrun:
-        estimate.check_room(resolved(wildcards.model), bits, allocator, ALL_CORES, bool(GPUS))
-    return f"data/bank/{wildcards.model}.safetensors"
+        estimate.check_room(holds(wildcards), bits, allocator, ALL_CORES, bool(GPUS))
+    return bank_of(wildcards)
+
+
+def search_of(wildcards):
+    """The search whose policy makes a plan, where one does: all budgets share it, and what changes recovery only."""
+    own = variant(wildcards)
+    if own.allocator not in configuration.LEARNED:
+        return []
+    changed = {"units", "search"} & set(changes(wildcards.model)[own.change]) if own.change else ()
+    parts = [own.allocator, *([own.change] if changed else []), *([] if own.seed is None else [str(own.seed)])]
+    return [f"data/search/{wildcards.model}_{'-'.join(parts)}.safetensors"]
+
+
+def manifest_of(function):
+    """The manifests of what an input function names."""
+
+    def files(wildcards):
+        found = function(wildcards)
+        return [f"{path}.manifest.json" for path in ([found] if isinstance(found, str) else found)]
+
+    return files
+
+
+def result_of(model, bits, name):
+    """The result of an allocator, a change and a seed at a budget: PPO's has no name."""
+    return f"results/{model}_{bits}bits{'' if name == 'ppo' else f'.{name}'}.json"
 
 
 def of_plan(*patterns):
@@ -146,10 +207,6 @@ def of_plan(*patterns):
         return [pattern.format(allocator=allocator, **wildcards) for pattern in patterns]
 
     return files
-
-
-#: What stands in the name of a result for each allocator.
-BASELINES = ["" if allocator == "ppo" else f".{allocator}" for allocator in configuration.ALLOCATORS]
 
 
 DEFAULT = "results/smollm2-135m_2.0bits.json"

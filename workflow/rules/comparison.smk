@@ -1,9 +1,19 @@
-# All allocators at one budget, side by side.
+# All allocators at one budget, side by side, each with every seed.
+
+
+def all_allocators(wildcards):
+    usual = resolved(wildcards.model)["seed"]
+    names = [
+        name if seed == usual else f"{name}-{seed}"
+        for name in configuration.ALLOCATORS
+        for seed in study(wildcards.model, "seeds")
+    ]
+    return [result_of(wildcards.model, wildcards.bits, name) for name in names]
 
 
 rule comparison:
     input:
-        results=collect("results/{{model}}_{{bits}}bits{baseline}.json", baseline=BASELINES),
+        results=all_allocators,
     output:
         comparison=report(
             "results/{model}_{bits}bits.comparison.csv",

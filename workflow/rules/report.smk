@@ -4,7 +4,7 @@
 rule plan_picture:
     input:
         plan=of_plan("data/plans/{model}_{bits}bits.{allocator}.json"),
-        bank="data/bank/{model}.safetensors",
+        bank=bank_of,
     output:
         picture=report(
             "results/{model}_{bits}bits{baseline}.plan.svg",

@@ -6,7 +6,8 @@ rule result:
         model=ancient("resources/models/{model}"),
         calibration=ancient("data/calibration/{model}"),
         statistics="data/statistics/{model}.safetensors",
-        bank="data/bank/{model}.safetensors",
+        bank=bank_of,
+        search=search_of,
         plan=of_plan("data/plans/{model}_{bits}bits.{allocator}.json"),
         before_recovery=ancient(of_plan("data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery")),
         quantized=ancient(of_plan("data/checkpoints/{model}_{bits}bits.{allocator}/quantized")),
@@ -21,7 +22,6 @@ rule result:
             "resources/models/{model}.manifest.json",
             "data/calibration/{model}.manifest.json",
             "data/statistics/{model}.safetensors.manifest.json",
-            "data/bank/{model}.safetensors.manifest.json",
             "data/plans/{model}_{bits}bits.{allocator}.json.manifest.json",
             "data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery.manifest.json",
             "data/checkpoints/{model}_{bits}bits.{allocator}/quantized.manifest.json",
@@ -31,6 +31,8 @@ rule result:
             "data/evaluation/{model}.original.zero_shot.json.manifest.json",
             "data/evaluation/{model}_{bits}bits.{allocator}.quantized.zero_shot.json.manifest.json",
         ),
+        bank_manifest=manifest_of(bank_of),
+        search_manifest=manifest_of(search_of),
         experiment=ancient(of_plan("data/experiments/{model}_{bits}bits.{allocator}.json")),
     output:
         result=report(
@@ -52,11 +54,12 @@ rule result:
         lock=LOCK,
         seed=seed,
         config_sha256=config_sha256,
+        search=lambda wildcards, input: f"--search {input.search}" if input.search else "",
     message:
         "result: {wildcards.model} at {wildcards.bits} bits"
     shell:
         "python -m windquant.result --model {input.model} --calibration {input.calibration}"
-        " --statistics {input.statistics} --bank {input.bank} --plan {input.plan}"
+        " --statistics {input.statistics} --bank {input.bank} {params.search} --plan {input.plan}"
         " --before-recovery {input.before_recovery} --quantized {input.quantized}"
         " --perplexity-original {input.perplexity_original}"
         " --perplexity-before-recovery {input.perplexity_before_recovery}"
