@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from windquant import configuration, dependencies, estimate
+from windquant import configuration, dependencies, estimate, memory
 from windquant.estimate import Shape
 from windquant.manifest import INSTRUCTIONS
 
@@ -68,8 +68,8 @@ def examine(folder: Path, offline: bool = False) -> Iterator[Finding]:
     yield processor()
     if any(finding.status == BAD for finding in installed):
         return  # the rest asks these packages
-    memory, disk = free_memory(), shutil.disk_usage(folder).free
-    for what, free in (("memory", memory), ("disk", disk)):
+    room, disk = memory.free(), shutil.disk_usage(folder).free
+    for what, free in (("memory", room), ("disk", disk)):
         enough = free >= NEEDED_GB * 1e9
         said = f"{free / 1e9:.1f} GB free, the default model needs {NEEDED_GB}"
         yield Finding(GOOD if enough else WARNING, what, said)
@@ -82,7 +82,7 @@ def examine(folder: Path, offline: bool = False) -> Iterator[Finding]:
         finding = hub()
         reachable = finding.status == GOOD
         yield finding
-    yield from fitting(gpu or memory, disk, reachable, on_gpu=bool(gpu))
+    yield from fitting(gpu or room, disk, reachable, on_gpu=bool(gpu))
 
 
 def python() -> Finding:
@@ -134,22 +134,6 @@ def processor() -> Finding:
     return Finding(GOOD, "processor", f"{cores()} cores, {' '.join(found) or platform.machine()}; {speed}")
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its container."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    return free
-
-
 def device() -> tuple[int, str]:
     """Free bytes of the GPU (0: none) and its name."""
     import torch
@@ -197,19 +181,19 @@ def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator
             continue
         machine = (estimate.gpu if on_gpu else estimate.cpu)(cores())
         wanted = estimate.needs(shape, resolved, BITS, machine, on_gpu)
-        memory, space = max(need.memory for need in wanted.values()), sum(need.disk for need in wanted.values())
+        held, space = max(need.memory for need in wanted.values()), sum(need.disk for need in wanted.values())
         seconds = sum(need.seconds for need in wanted.values())
         lacking = [
             text
             for text, lacks in (
-                ("memory", memory > room),
+                ("memory", held > room),
                 ("disk", space > disk),
                 ("the Hub, or a local copy", resolved["model"]["source"] == "hub" and not reachable and not here),
             )
             if lacks
         ]
         about = (
-            f"{shape.parameters / 1e9:.2f} billion parameters: about {memory / 1e9:.1f} GB of memory, "
+            f"{shape.parameters / 1e9:.2f} billion parameters: about {held / 1e9:.1f} GB of memory, "
             f"{space / 1e9:.1f} GB of disk, {said_time(seconds)}"
         )
         yield Finding(

@@ -18,7 +18,11 @@ REST = 2 * GIB  # activations, logits, the process itself
 
 # Bytes a parameter of what a step holds of a whole model.
 SEARCH = 2  # times the computing type's: weights and noise
-RECOVERY = 14  # the teacher in FP32, the student decoded, in slots, and what its gradients need
+RECOVERY = 16  # the teacher in FP32, the student decoded, in slots, and what its gradients need
+
+
+#: Beside a control group's limit stands what is used of it.
+USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
 
 
 def fits(size: float, room: float | None = None) -> bool:
@@ -51,6 +55,20 @@ def total() -> int:
             found = min(found, round(float(text) * GIB))
         except ValueError:
             raise WindquantError(f"{LIMIT}={text}: not a number of GiB, e.g. {LIMIT}=16") from None
+    return found
+
+
+def free() -> int:
+    """Bytes that this process may still take: of the machine's memory, and of what its control groups allow."""
+    import psutil
+
+    found = int(psutil.virtual_memory().available)
+    for path in _control_groups():
+        used = path.with_name(USED[path.name])
+        try:
+            found = min(found, int(path.read_text()) - int(used.read_text()))
+        except (OSError, ValueError):  # no such limit, or "max"
+            continue
     return found
 
 
