@@ -12,6 +12,7 @@ Where original and quantized model do not fit into memory together, the same ste
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from windquant import atomic, calibration, compute, memory, models, presets, step, streaming
 from windquant.checkpoint.linear import PackedLinear
 from windquant.checkpoint.rewriting import rewrite
+from windquant.errors import WindquantError
 from windquant.gains import GainLinear, regain, stored_gain
 from windquant.layerwise import Streamed
 from windquant.progress import Progress
@@ -48,18 +50,38 @@ def run(task: step.Task, settings: Settings) -> None:
     original, quantized = task.inputs["model"], task.inputs["checkpoint"]
     texts = calibration.load(task.inputs["calibration"])
     steps = presets.recovery_steps(settings.preset, settings.steps)
+    tuning = Tuning(steps, settings.gain_rate, settings.norm_rate, settings.warmup)
+    windows, held_out = drawn(texts.recovery.long(), steps, task.seed), texts.reward.long()
     scope = settings.scope
     if scope == "auto":
         size = memory.RECOVERY * streaming.open_source(original).parameters
         scope = "model" if memory.fits(size) else "layers"
-    windows, held_out = drawn(texts.recovery.long(), steps, task.seed), texts.reward.long()
-    if scope == "model":
-        model: Whole | Streamed = Whole(original, quantized, windows, held_out)
-    else:
-        model = Streamed(original, quantized, windows, held_out, task.output.parent)
-    curve = distill(task, model, Tuning(steps, settings.gain_rate, settings.norm_rate, settings.warmup))
-    changes = stored(quantized, model)
-    before, after = model.before, model.divergence()
+
+    def recovered(scope: str) -> tuple[dict[str, Tensor], float, float, list[float]]:
+        """What changes in the checkpoint, the divergence before and after it, and the curve."""
+        model: Whole | Streamed
+        if scope == "model":
+            model = Whole(original, quantized, windows, held_out)
+        else:
+            model = Streamed(original, quantized, windows, held_out, task.output.parent)
+        curve = distill(task, model, tuning)
+        changes = stored(quantized, model)
+        return changes, model.before, model.divergence(), curve
+
+    found = None
+    try:
+        found = recovered(scope)
+    except torch.OutOfMemoryError as error:
+        reason = models.first_line(error).partition(". ")[0]
+        if scope == "layers":
+            raise WindquantError(
+                f"out of GPU memory with one layer ({reason}); use a GPU with more, or the CPU"
+            ) from error
+        print(f"out of GPU memory ({reason}): again layer by layer", file=sys.stderr, flush=True)
+        scope = "layers"
+    changes, before, after, curve = found or recovered(
+        scope
+    )  # outside of `except`: the error holds what filled the GPU
     task.metrics({"divergence_before": before, "divergence_after": after}, None)
     # a diverged or useless tuning is dropped whole
     measured = rewrite(quantized, task.output, changes if after < before else {})
