@@ -67,7 +67,7 @@ def test_the_memory_of_streaming_steps_does_not_grow_with_the_depth() -> None:
     shallow, deep = (Shape(layers, 4096, 14336, 4096, 1024, 128256, False) for layers in (4, 32))
     few, many = (estimate.needs(shape, EMBEDDED, 2.0, on(8)) for shape in (shallow, deep))
     for step in ("statistics", "bank", "allocation", "recovery", "perplexity", "perplexity_original"):
-        assert many[step].memory == pytest.approx(few[step].memory, rel=0.02), step
+        assert many[step].memory == pytest.approx(few[step].memory, rel=0.1), step  # gains, statistics
         assert many[step].seconds > few[step].seconds
     large = estimate.needs(deep, EMBEDDED, 2.0, on(1000))
     for step in ("allocation", "recovery", "zero_shot", "zero_shot_original"):

@@ -88,13 +88,13 @@ def test_one_layer_has_memory_at_a_time(tmp_path: Path, layers: int) -> None:
 
 def test_a_pass_reads_every_tensor_once_also_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    read = streaming.Source._bytes
+    read = streaming.Source.tensor
 
     def counted(self: streaming.Source, name: str) -> torch.Tensor:
         seen.append(name)
         return read(self, name)
 
-    monkeypatch.setattr(streaming.Source, "_bytes", counted)
+    monkeypatch.setattr(streaming.Source, "tensor", counted)
     model = streaming.load(deep(tmp_path / "model", 3))
     assert not any(".layers." in name for name in seen)
     order = [index for index, _ in streaming.walk(model, reversed(range(3)))]

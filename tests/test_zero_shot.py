@@ -145,6 +145,25 @@ def test_a_streamed_model_scores_the_same_with_one_layer_in_memory(
     assert set(most) == {9}, "the weights of one layer: seven linears and two norms"
 
 
+def test_a_batch_that_does_not_fit_is_halved(
+    tiny_model_folder: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tasks are asked again from the start."""
+    whole = evaluate(tiny_model_folder, artifact, tmp_path / "whole.json", "--limit", "12")
+    sizes = []
+    call = LlamaDecoderLayer.forward
+
+    def small(self: nn.Module, hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(len(hidden))
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+        return call(self, hidden, *arguments, **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", small)
+    assert evaluate(tiny_model_folder, artifact, tmp_path / "small.json", "--limit", "12") == whole
+    assert sorted(set(sizes)) == [2, 4, 8]
+
+
 def test_a_call_that_ended_half_way_does_no_harm(tiny_model_folder: Path) -> None:
     whole, streamed = models.load(tiny_model_folder), streaming.load(tiny_model_folder)
     ids = torch.arange(20)[None]

@@ -211,16 +211,17 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
     confirming = kept + logits + max(held, (held / 2 if searches else 0) + really)
     drawing = 0 if searches or on_gpu else s.weights / 85e6  # noise of a measured plan
 
-    # recovery: teacher and student, whole with their gradients or a layer of each; hidden states, logits
-    recovers = memory.fits(memory.RECOVERY * s.parameters, m.room) and get("recovery", "scope") != "blocks"
-    recovers = recovers or get("recovery", "scope") == "model"
+    # recovery: teacher and student, whole with their gradients or a layer of each; hidden states, gains, logits
+    scope = get("recovery", "scope")
+    recovers = scope == "model" or (scope == "auto" and memory.fits(memory.RECOVERY * s.parameters, m.room))
     tuned = recovery_tokens * 6 * (token + head) + recovery_tokens * 2 * token
-    flows = 4 * s.hidden * (2 * steps * window + 3 * held_out)
     recovery = 4 * whole + 11 * 4 * window * s.vocabulary
     if not recovers:
-        tuned = recovery_tokens * 7 * token  # forward and back, and three passes more, but no head
-        layers = 2 * resident + 8 * s.layer + 10 * 4 * window * (4 * s.intermediate + 6 * s.hidden)
-        recovery = layers + min(flows, m.room / 4) + 5 * 4 * 4 * reward_length * s.vocabulary
+        tuned += recovery_tokens * 2 * token  # every layer once more
+        gains = 12 * s.weights / get("units", "chunk")
+        flows = 4 * s.hidden * (recovery_tokens + held_out + s.layers * window)
+        layers = 4 * s.outside + resident + 8 * s.layer + 10 * 4 * window * (4 * s.intermediate + 6 * s.hidden)
+        recovery = layers + gains + min(flows, m.room / 4) + 11 * 4 * window * s.vocabulary
 
     # zero-shot: batches of 8, or of 32 where each of them reads the model
     answers = memory.fits(whole, m.room)
@@ -258,7 +259,8 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
             checkpoint,
         ),
         "recovery": need(
-            (tuned + 4 * held_out * (token + head)) / m.fast + (0 if recovers else 2 * reading + decoding),
+            (tuned + 4 * held_out * (token + head)) / m.fast
+            + (0 if recovers else reading + (2 * steps + 2) * decoding),
             recovery,
             checkpoint,
             not recovers,

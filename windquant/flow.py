@@ -72,11 +72,15 @@ class Flow:
             with torch.no_grad(), self.precision():
                 hidden, calls = decoder.embed(model, part.to(self.device))
             if place == 0:
-                size = len(ids) * hidden[0].nbytes
-                self.states = Activations(scratch if size > SHARE * psutil.virtual_memory().available else None)
+                self.states = Activations(scratch if self.large(len(ids) * hidden[0].nbytes) else None)
             self.states.put(place, hidden)
             # masks and positions of equal batches are equal: one copy of them
             self.calls.append(self.calls[0] if self.calls and same(self.calls[0], calls) else calls)
+
+    @staticmethod
+    def large(size: int) -> bool:
+        """Whether so many bytes of hidden states belong in a file."""
+        return size > SHARE * psutil.virtual_memory().available
 
     @torch.no_grad()
     def through(self, layer: nn.Module, index: int, keep: bool = True) -> None:

@@ -8,11 +8,11 @@ alone, EfficientQAT arXiv 2407.11062) and the norms. In the second half of the s
 as they will be stored, rounded to the grid of the scales' codes, and their gradients pass straight through: what
 rounding costs is trained away, and the checkpoint takes exactly as many bytes as before.
 
-Where original and quantized model do not fit into memory together, decoder layers are tuned one after another instead
-(blockwise.py).
+Where original and quantized model do not fit into memory together, the same steps go layer by layer (layerwise.py).
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from windquant import atomic, blockwise, calibration, checkpoint, compute, memory, models, presets, step, streaming
+from windquant import atomic, calibration, compute, memory, models, presets, step, streaming
 from windquant.checkpoint.linear import PackedLinear
 from windquant.checkpoint.rewriting import rewrite
+from windquant.errors import WindquantError
 from windquant.gains import GainLinear, regain, stored_gain
+from windquant.layerwise import Streamed
 from windquant.progress import Progress
 from windquant.tuning import Tuning, divergence, drawn, kl_divergence, norms_of
 
@@ -36,8 +38,8 @@ SAVE_EVERY = 20  # steps between two training checkpoints
 @dataclass(frozen=True)
 class Settings:
     preset: Literal["light", "standard", "full"] = "light"  # 80, 400 or 2000 steps: 3 or 15 minutes on two cores, a GPU
-    # In blocks a layer at a time is tuned, by as many steps: a layer's memory, and less is recovered
-    scope: Literal["auto", "model", "blocks"] = "auto"  # auto: the model as a whole where it fits into memory
+    # Layer by layer takes the memory of one, and more time; what is recovered is the same
+    scope: Literal["auto", "model", "layers"] = "auto"  # what is in memory; auto: the whole model where it fits
     steps: int | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays as it is
     gain_rate: float = 6e-3  # learning rate of the log-gains
     norm_rate: float = 2e-3  # learning rate of the norms
@@ -49,43 +51,76 @@ def run(task: step.Task, settings: Settings) -> None:
     texts = calibration.load(task.inputs["calibration"])
     steps = presets.recovery_steps(settings.preset, settings.steps)
     tuning = Tuning(steps, settings.gain_rate, settings.norm_rate, settings.warmup)
+    windows, held_out = drawn(texts.recovery.long(), steps, task.seed), texts.reward.long()
     scope = settings.scope
     if scope == "auto":
         size = memory.RECOVERY * streaming.open_source(original).parameters
-        scope = "model" if memory.fits(size) else "blocks"
-    recover = whole if scope == "model" else blockwise.recover
-    changes, before, after, curve = recover(
-        task, tuning, original, quantized, texts.recovery.long(), texts.reward.long()
-    )
+        scope = "model" if memory.fits(size) else "layers"
+
+    def recovered(scope: str) -> tuple[dict[str, Tensor], float, float, list[float]]:
+        """What changes in the checkpoint, the divergence before and after it, and the curve."""
+        model: Whole | Streamed
+        if scope == "model":
+            model = Whole(original, quantized, windows, held_out)
+        else:
+            model = Streamed(original, quantized, windows, held_out, task.output.parent)
+        curve = distill(task, model, tuning)
+        changes = stored(quantized, model)
+        return changes, model.before, model.divergence(), curve
+
+    found = None
+    try:
+        found = recovered(scope)
+    except torch.OutOfMemoryError as error:
+        reason = models.first_line(error).partition(". ")[0]
+        if scope == "layers":
+            raise WindquantError(
+                f"out of GPU memory with one layer ({reason}); use a GPU with more, or the CPU"
+            ) from error
+        print(f"out of GPU memory ({reason}): again layer by layer", file=sys.stderr, flush=True)
+        scope = "layers"
+    changes, before, after, curve = found or recovered(
+        scope
+    )  # outside of `except`: the error holds what filled the GPU
     task.metrics({"divergence_before": before, "divergence_after": after}, None)
     # a diverged or useless tuning is dropped whole
     measured = rewrite(quantized, task.output, changes if after < before else {})
     task.note("scope", scope)
     task.note("divergence", {"before": before, "after": after, "kept": after < before})
-    task.note("curve" if scope == "model" else "error_left", [round(value, 5) for value in curve])
+    task.note("curve", [round(value, 5) for value in curve])
     task.note("effective_bits", measured.effective_bits)
     task.note("checkpoint_bits", measured.checkpoint_bits)
     task.note("measured_bytes", measured.measured_bytes)
 
 
-def whole(
-    task: step.Task, tuning: Tuning, original: Path, quantized: Path, windows: Tensor, held_out: Tensor
-) -> tuple[dict[str, Tensor], float, float, list[float]]:
-    """Tensors of the checkpoint that change, the divergence on `held_out` [n, length] before and after, and the curve.
+class Whole:
+    """A quantized model with gains, and the original one, both in memory."""
 
-    original, quantized: folders; windows: int64 [n, length].
-    """
-    packed = checkpoint.read(quantized)
-    teacher, student = (compute.move(models.load(folder)) for folder in (original, quantized))
-    gains, norms = trainable(student)
-    before = divergence(student, teacher, held_out)
-    curve = distill(task, student, teacher, gains, norms, windows, tuning)
-    changes = {name: norm.detach().cpu() for name, norm in norms.items()}
-    for name, layout in packed.layouts.items():
-        tensors = regain(layout, packed.tensors[name], gains[name].detach().cpu())
-        gains[name].data.copy_(stored_gain(layout, packed.tensors[name], tensors))
-        changes[f"{name}.scales"] = tensors["scales"]
-    return changes, before, divergence(student, teacher, held_out), curve
+    def __init__(self, original: Path, quantized: Path, windows: Tensor, held_out: Tensor) -> None:
+        """original, quantized: folders; windows, held_out: int64 [n, length]."""
+        self.windows, self.held_out = windows, held_out
+        self.teacher, self.student = (compute.move(models.load(folder)) for folder in (original, quantized))
+        self.gains, self.norms = trainable(self.student)
+        self.rounding = False
+        self.before = self.divergence()
+
+    def divergence(self) -> float:
+        """Mean divergence from the original on the held-out windows."""
+        return divergence(self.student, self.teacher, self.held_out)
+
+    def learn(self, place: int) -> Tensor:
+        """The divergence on a window, in nats per token; its gradients are left at gains and norms."""
+        for module in self.student.modules():
+            if isinstance(module, GainLinear):
+                module.rounding = self.rounding
+        ids = self.windows[place][None].to(compute.device())
+        with compute.autocast():
+            with torch.no_grad():
+                target = self.teacher(input_ids=ids, use_cache=False).logits
+            loss = kl_divergence(self.student(input_ids=ids, use_cache=False).logits, target)
+        if loss.isfinite():
+            torch.autograd.backward(loss)
+        return loss.detach()
 
 
 def trainable(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -103,43 +138,25 @@ def trainable(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.P
     return gains, norms
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
-
-
-def distill(
-    task: step.Task,
-    student: nn.Module,
-    teacher: nn.Module,
-    gains: Mapping[str, nn.Parameter],
-    norms: Mapping[str, nn.Parameter],
-    windows: Tensor,
-    tuning: Tuning,
-) -> list[float]:
+def distill(task: step.Task, model: Whole | Streamed, tuning: Tuning) -> list[float]:
     """Train gains and norms in place; goes on from the last training checkpoint in the task's cache.
 
     Returns the divergence of every step's window, before that step, in nats per token.
     """
-    optimizer = tuning.optimizer(gains.values(), norms.values())
-    parameters = {f"gain:{name}": value for name, value in gains.items()}
-    parameters |= {f"norm:{name}": value for name, value in norms.items()}
-    order = drawn(len(windows), task.seed)
+    optimizer = tuning.optimizer(model.gains.values(), model.norms.values())
+    parameters = {f"gain:{name}": value for name, value in model.gains.items()}
+    parameters |= {f"norm:{name}": value for name, value in model.norms.items()}
     curve = _resume(task.cache, parameters, optimizer)
     progress: Progress[None] = task.progress(total=tuning.steps, label="recovery")
     with progress:
         progress.update(len(curve))
         for index in range(len(curve), tuning.steps):
-            tuning.begin(index, optimizer, student)
-            ids = windows[order[index % len(order)]][None].to(compute.device())
-            with compute.autocast():
-                with torch.no_grad():
-                    target = _logits(teacher, ids)
-                loss = kl_divergence(_logits(student, ids), target)
+            tuning.set_rates(index, optimizer)
+            model.rounding = index >= tuning.steps // 2  # from here on with the gains as they will be stored
+            optimizer.zero_grad()
+            loss = model.learn(index % len(model.windows))
             if not loss.isfinite():
                 break  # the check against the untuned model decides what is kept
-            optimizer.zero_grad()
-            loss.backward()
             optimizer.step()
             curve.append(loss.item())
             task.metric("recovery_divergence", curve[-1], index)
@@ -147,6 +164,19 @@ def distill(
             if (index + 1) % SAVE_EVERY == 0:
                 _save(task.cache, curve, parameters, optimizer)
     return curve
+
+
+@torch.no_grad()
+def stored(quantized: Path, model: Whole | Streamed) -> dict[str, Tensor]:
+    """What the checkpoint stores of gains and norms, by tensor; the model then computes with these gains."""
+    changes = {name: norm.detach().cpu() for name, norm in model.norms.items()}
+    source = streaming.open_source(quantized)
+    for name, layout in source.layouts.items():
+        before = {part: source.tensor(f"{name}.{part}") for part in ("scales", "scale_grid")}
+        after = regain(layout, before, model.gains[name].cpu())
+        model.gains[name].copy_(stored_gain(layout, before, after))
+        changes[f"{name}.scales"] = after["scales"]
+    return changes
 
 
 def _save(folder: Path, curve: list[float], parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> None:

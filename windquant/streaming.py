@@ -71,7 +71,7 @@ class Source:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters and buffers as they are stored, by the name of each stored tensor."""
-        return {part: self._bytes(part) for name in names for part in self.names(name)}
+        return {part: self.tensor(part) for name in names for part in self.names(name)}
 
     def parameter(self, name: str) -> Tensor:
         """One parameter on the CPU; WindquantError if the files do not have it."""
@@ -80,7 +80,8 @@ class Source:
                 raise WindquantError(f"{self.folder}: the checkpoint lacks {part}; get it again")
         return self.weight(name, self.read([name]), torch.device("cpu"))
 
-    def _bytes(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
+        """One stored tensor as it is; WindquantError if its file went away or has changed."""
         # Plain reads, not a memory map: of a map every page that was touched counts as the process's memory.
         entry = self.entries[name]
         if entry.dtype is None:

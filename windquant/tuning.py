@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from windquant import compute, decoder, streaming
 from windquant.flow import Flow
-from windquant.gains import GainLinear
 
 BATCH = 4  # windows at a time where a divergence is measured
 
@@ -30,14 +29,10 @@ class Tuning:
         groups = [{"params": list(gains), "lr": self.gain_rate}, {"params": list(norms), "lr": self.norm_rate}]
         return torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
 
-    def begin(self, index: int, optimizer: torch.optim.Adam, model: nn.Module) -> None:
-        """Set the rates of step `index`; in the second half `model` computes with the gains as they will be stored."""
+    def set_rates(self, index: int, optimizer: torch.optim.Adam) -> None:
+        """For step `index`."""
         for group in optimizer.param_groups:
-            rate = group.setdefault("full", group["lr"])
-            group["lr"] = rate * schedule(index, self.steps, self.warmup)
-        for module in model.modules():
-            if isinstance(module, GainLinear):
-                module.rounding = index >= self.steps // 2
+            group["lr"] = group.setdefault("full", group["lr"]) * schedule(index, self.steps, self.warmup)
 
 
 def schedule(index: int, steps: int, warmup: int) -> float:
@@ -55,9 +50,10 @@ def norms_of(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
     }
 
 
-def drawn(count: int, seed: int) -> Tensor:
-    """The order in which `count` windows are trained on."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+def drawn(windows: Tensor, steps: int, seed: int) -> Tensor:
+    """The windows [n, length] in the order in which `steps` take them, one each; the last is followed by the first."""
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[: max(steps, 1)]]
 
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:

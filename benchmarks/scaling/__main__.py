@@ -6,7 +6,7 @@
 
 Each step runs in a process of its own, as in the workflow, on short random text: the times are about how the steps
 grow, not how good the models are. Every step streams, as it does for a model that is too large for the memory: search
-and zero-shot tasks are told that there is none (WINDQUANT_MEMORY), recovery goes block by block. The exponent is that
+and zero-shot tasks are told that there is none (WINDQUANT_MEMORY), recovery goes layer by layer. The exponent is that
 of a power of the number of weights, fitted by least squares to the logarithms of the seconds that a step takes beyond
 those for a model of almost nothing (imports, and the frame of a step), which comes first.
 """
@@ -110,7 +110,7 @@ def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dic
     policy = here / "search.safetensors"
     search = {"episodes": 16, "evaluations": 3, "reward-tokens": 256}
     allocate = {"search": policy, "target-bits": BITS, "confirm": "false"}  # confirming is quantize, twice
-    recover = {"steps": 8, "scope": "blocks"}
+    recover = {"steps": 8, "scope": "layers"}
     words: dict[str, dict[str, Any]] = {
         "statistics": {"model": model, "output": statistics},
         "bank": {"model": model, "statistics": statistics, "output": bank},

@@ -50,7 +50,9 @@ def run(task: step.Task, settings: Settings) -> None:
         loaded = load_tasks(files, Path(scratch))  # before the model: an unknown task shows at once
         model, batch = load(task.inputs["checkpoint"], settings.device, settings.dtype, settings.batch_size)
         tokenizer = models.load_tokenizer(task.inputs["checkpoint"])
-        results = evaluate(model, tokenizer, loaded, settings.limit, batch, task.progress)
+        results = compute.with_smaller_batches(
+            batch, lambda batch: evaluate(model, tokenizer, loaded, settings.limit, batch, task.progress)
+        )
     scores = {name: score(results, name, settings.metric) for name in settings.tasks}
     task.metrics({f"accuracy.{name}": entry["accuracy"] for name, entry in scores.items()})
     task.note("task_versions", {name: results["versions"].get(name) for name in settings.tasks} if scores else {})
