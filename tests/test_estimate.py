@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.checkpoint.making import tiny
-from windquant import configuration, estimate
+from windquant import configuration, cost, estimate, shape as shapes
 from windquant.errors import WindquantError
-from windquant.estimate import Shape
+from windquant.shape import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
@@ -54,22 +54,22 @@ def test_a_70b_model_is_counted_without_its_weights() -> None:
 
 @pytest.mark.parametrize("step", MEASURED)
 def test_the_embedded_models_times_are_near_what_was_measured(step: str) -> None:
-    found = estimate.needs(estimate.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, estimate.cpu(2))[step]
+    found = cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2))[step]
     assert 1 / 1.5 < found.seconds / MEASURED[step] < 1.5
 
 
-def on(room: float) -> estimate.Machine:
+def on(room: float) -> cost.Machine:
     """Two cores with so many GiB."""
-    return dataclasses.replace(estimate.cpu(2), room=room * 2**30)
+    return dataclasses.replace(cost.cpu(2), room=room * 2**30)
 
 
 def test_the_memory_of_streaming_steps_does_not_grow_with_the_depth() -> None:
     shallow, deep = (Shape(layers, 4096, 14336, 4096, 1024, 128256, False) for layers in (4, 32))
-    few, many = (estimate.needs(shape, EMBEDDED, 2.0, on(8)) for shape in (shallow, deep))
+    few, many = (cost.needs(shape, EMBEDDED, 2.0, on(8)) for shape in (shallow, deep))
     for step in ("statistics", "bank", "allocation", "recovery", "perplexity", "perplexity_original"):
         assert many[step].memory == pytest.approx(few[step].memory, rel=0.1), step  # gains, statistics
         assert many[step].seconds > few[step].seconds
-    large = estimate.needs(deep, EMBEDDED, 2.0, on(1000))
+    large = cost.needs(deep, EMBEDDED, 2.0, on(1000))
     for step in ("allocation", "recovery", "zero_shot", "zero_shot_original"):
         assert many[step].streamed
         assert not large[step].streamed
@@ -82,21 +82,21 @@ def test_the_memory_of_streaming_steps_does_not_grow_with_the_depth() -> None:
 def test_what_is_held_as_a_whole_fits(room: int, layers: int, width: int) -> None:
     """Nobody is told that memory is missing where only the choice of the mode was wrong."""
     shape = Shape(layers, width, 4 * width, width, width // 4, 49152, True)
-    for step, need in estimate.needs(shape, EMBEDDED, 2.0, on(room)).items():
+    for step, need in cost.needs(shape, EMBEDDED, 2.0, on(room)).items():
         if step in ("allocation", "recovery", "zero_shot", "zero_shot_original") and not need.streamed:
             assert need.memory < room * 2**30, step
 
 
 def test_a_70b_model_takes_the_memory_of_its_layers() -> None:
     shape = Shape.of(LLAMA_70B, "config.json")
-    found = estimate.needs(shape, EMBEDDED, 2.0, on(64))
+    found = cost.needs(shape, EMBEDDED, 2.0, on(64))
     assert 4 * shape.parameters > 280e9
     for step in ("statistics", "bank", "allocation", "recovery", "perplexity", "zero_shot"):
         assert found[step].memory < 64 * 2**30, step
 
 
 def test_jobs_ask_for_more_than_the_estimate_and_for_still_more_when_tried_again() -> None:
-    need = estimate.needs(estimate.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, estimate.cpu(2))["quantize"]
+    need = cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2))["quantize"]
     first, second = (estimate.resources(EMBEDDED, "quantize", 2.0, 2, False, attempt) for attempt in (1, 2))
     assert first["mem_mb"] * 2**20 > 1.2 * need.memory
     assert first["runtime"] * 60 > 2 * need.seconds

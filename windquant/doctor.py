@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from windquant import configuration, dependencies, estimate, memory
-from windquant.estimate import Shape
+from windquant import configuration, cost, dependencies, memory
 from windquant.manifest import INSTRUCTIONS
+from windquant.shape import Shape, known
 
 ROOT = dependencies.ROOT.parent
 HUB_SECONDS = 4.0
@@ -174,13 +174,13 @@ def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator
     config = configuration.validate(configuration.load(ROOT / "config" / "config.yaml"), schema)
     for name in config["models"]:
         resolved = configuration.resolve(config, schema, name)
-        here = estimate.known(resolved["model"])
+        here = known(resolved["model"])
         shape = here or SHAPES.get(name)
         if shape is None:
             yield Finding(WARNING, name, "its size is known once it is here")
             continue
-        machine = (estimate.gpu if on_gpu else estimate.cpu)(cores())
-        wanted = estimate.needs(shape, resolved, BITS, machine, on_gpu)
+        machine = (cost.gpu if on_gpu else cost.cpu)(cores())
+        wanted = cost.needs(shape, resolved, BITS, machine, on_gpu)
         held, space = max(need.memory for need in wanted.values()), sum(need.disk for need in wanted.values())
         seconds = sum(need.seconds for need in wanted.values())
         lacking = [

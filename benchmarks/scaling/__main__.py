@@ -135,7 +135,7 @@ def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dic
         document = json.loads(manifest.read_text())
         found[step] = {"seconds": document["seconds"], "peak_memory_bytes": document["peak_memory_bytes"]["host"]}
     config = json.loads((model / "config.json").read_text())
-    from windquant.estimate import Shape
+    from windquant.shape import Shape
 
     return {"weights": Shape.of(config, model).weights, "layers": config["num_hidden_layers"], "steps": found}
 

@@ -1,0 +1,261 @@
+"""What every step of the workflow costs: time, memory and disk by formulas, from a model's shape and the settings.
+
+They count what a step does (products, searched weights, measured plans) and what it holds (one decoder layer, hidden
+states, logits); the few rates of a machine turn that into seconds. docs/performance.md has the measurements they come
+from, and how far the estimates were off.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from windquant import memory, presets
+from windquant.memory import GIB
+from windquant.shape import Shape
+
+Settings = Mapping[str, Mapping[str, Any]]  # by section of the configuration
+FLOAT = 4  # bytes of a number in FP32
+ALL_WINDOWS = 150  # of a test text that is taken whole, about WikiText-2's
+CONFIRM_TOKENS = 4096  # of the calibration set that a plan is confirmed on
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What turns work into seconds: rates that were measured, or (for a GPU) assumed."""
+
+    name: str
+    products: float  # floating-point operations a second of FP32 products
+    fast: float  # of the products that may be BF16
+    solves: float  # of the FP64 factorizations
+    search: float  # weights a second through the trellis search with 4096 states
+    decode: float  # packed weights a second
+    read: float  # bytes a second from the disk
+    start: float  # seconds until a step begins: imports and the model's frame
+    memory: float  # bytes of a process before it has a model
+    room: float  # bytes of memory that it has: what a step does with a model that is too large for it depends on that
+
+
+def cpu(cores: int) -> Machine:
+    """Measured on two cores of an EPYC with BF16 products (docs/performance.md), in proportion to the cores."""
+    share = cores / 2
+    return Machine(
+        name=f"{cores} cores",
+        products=165e9 * share,
+        fast=600e9 * share,
+        solves=60e9 * share,
+        search=4.5e6 * share,
+        decode=60e6 * share,
+        read=1e9,
+        start=4.0,
+        memory=0.55 * GIB,
+        room=memory.total(),
+    )
+
+
+def gpu(cores: int) -> Machine:
+    """Assumed, not measured: an H200 at 40 % of its dense rates. The trellis search runs on the processor's cores."""
+    host = cpu(cores)
+    room = min(host.room, 139 * GIB)
+    return Machine("H200 (assumed)", 20e12, 400e12, 10e12, host.search, 5e9, host.read, 12.0, 1.5 * GIB, room)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one step takes."""
+
+    seconds: float
+    memory: float  # bytes, of the host
+    gpu: float  # bytes, of the GPU; 0 without one
+    disk: float  # bytes that it leaves; temporary ones included
+    streamed: bool = False  # whether it goes layer by layer because the whole model has no place in memory
+
+
+def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gpu: bool = False) -> dict[str, Need]:
+    """By step; `settings` as `configuration.resolve` gives them."""
+    costs = Costs(shape, settings, bits, machine, on_gpu)
+    return {
+        "model": costs.model(),
+        "calibration": costs.calibration(),
+        "statistics": costs.statistics(),
+        "bank": costs.bank(),
+        "search": costs.search(),
+        "allocation": costs.allocation(),
+        "quantize": costs.quantize(),
+        "recovery": costs.recovery(),
+        "perplexity_original": costs.perplexity(packed=False),
+        "perplexity": costs.perplexity(packed=True),
+        "zero_shot_original": costs.zero_shot(packed=False),
+        "zero_shot": costs.zero_shot(packed=True),
+    }
+
+
+class Costs:
+    """One method per step; what several of them ask for stands above."""
+
+    def __init__(self, shape: Shape, settings: Settings, bits: float, machine: Machine, on_gpu: bool) -> None:
+        self.shape, self.settings, self.machine, self.on_gpu = shape, settings, machine, on_gpu
+        s, text = shape, settings["calibration"]
+        # operations of one token: through the layers, the head, and the covariances of all inputs
+        self.token, self.head = 2 * s.weights, 2 * s.vocabulary * s.hidden
+        self.covariance = s.layers * sum(2 * columns**2 for columns in s.inputs)
+        self.factors = s.layers * sum(2 * columns**3 for columns in s.inputs)  # operations
+        # tokens
+        self.calibrated = text["samples"] * text["length"]
+        self.held_out = text["reward_samples"] * text["reward_length"]
+        self.tested = (settings["evaluation"]["windows"] or ALL_WINDOWS) * text["context"]
+        self.answered = 40_000 * len(settings["evaluation"]["tasks"])  # of a few hundred records
+        # seconds
+        self.reading, self.decoding = 2 * s.parameters / machine.read, s.weights / machine.decode
+        self.searched = s.weights / machine.search
+        # bytes; resident is what a streaming pass holds: what is outside of the layers, one layer in use, one as stored
+        self.whole, self.resident = FLOAT * s.parameters, FLOAT * s.outside + 6 * s.layer
+        self.matrices = FLOAT * sum(columns**2 for columns in s.inputs) + 24 * max(s.inputs) ** 2
+        self.packed = bits * s.weights / 8
+        self.checkpoint = self.packed + 2 * s.outside
+
+    def need(self, seconds: float, held: float, disk: float = 0, streamed: bool = False) -> Need:
+        total = self.machine.memory + held
+        return Need(self.machine.start + seconds, total, total if self.on_gpu else 0, disk, streamed)
+
+    def fits(self, size: float) -> bool:
+        return memory.fits(size, self.machine.room)
+
+    def inside(self, tokens: int) -> int:
+        """Bytes of a decoder layer's activations."""
+        return FLOAT * tokens * (4 * self.shape.intermediate + 6 * self.shape.hidden)
+
+    def model(self) -> Need:
+        s, entry = self.shape, self.settings["model"]
+        # a GGUF file is converted as a whole; other folders are only looked through
+        gguf = entry.get("source") == "embedded" or str(entry.get("path", "")).endswith(".gguf")
+        held = 1.4 * self.whole if gguf else FLOAT * s.vocabulary * s.hidden
+        return self.need(10 + 2 * self.reading, held, 2 * s.parameters)
+
+    def calibration(self) -> Need:
+        return self.need(3, 0.1 * GIB, FLOAT * (self.calibrated + self.tested))
+
+    def statistics(self) -> Need:
+        s, m, text = self.shape, self.machine, self.settings["calibration"]
+        batch = self.settings["statistics"]["batch"]
+        fisher = min(self.settings["statistics"]["fisher_samples"], text["samples"]) * text["length"]
+        states = FLOAT * s.hidden * self.calibrated
+        losses = 5 * FLOAT * (batch // 4 or 1) * text["length"] * s.vocabulary
+        return self.need(
+            (self.calibrated * self.token + fisher * 2 * (self.token + self.head)) / m.fast
+            + self.calibrated * self.covariance / m.products
+            + self.factors / m.solves
+            + 2 * self.reading,
+            self.resident + max(states + self.matrices + self.inside(self.batch), losses),
+            FLOAT * fisher * s.hidden * (s.layers + 1)
+            + FLOAT * s.layers * (2 * sum(s.inputs) + sum(rows for rows, _ in s.linears)),
+        )
+
+    @property
+    def batch(self) -> int:
+        """Tokens of the calibration set that go through a layer at a time."""
+        batch = self.settings["statistics"]["batch"] * self.settings["calibration"]["length"]
+        return int(min(self.calibrated, batch))
+
+    def bank(self) -> Need:
+        s = self.shape
+        largest = max(rows * columns for rows, columns in s.linears)
+        return self.need(s.weights * 128 / self.machine.products + self.reading, 8 * largest, 200 * self.units)
+
+    @property
+    def units(self) -> int:
+        return self.shape.units(self.settings["units"]["chunk"])
+
+    @property
+    def searches(self) -> bool:
+        """Whether the search holds the whole model."""
+        return self.fits(memory.SEARCH * 2 * self.shape.parameters)
+
+    @property
+    def measuring(self) -> tuple[float, float]:
+        """Bytes of whatever measures plans: statistics and logits, and model and noise, of which half is noise."""
+        s = self.shape
+        largest = max(rows * columns for rows, columns in s.linears)
+        kept = 2 * FLOAT * s.layers * (sum(s.inputs) + sum(rows for rows, _ in s.linears))
+        logits = (8 * 2 + 3 * FLOAT) * self.settings["calibration"]["reward_length"] * s.vocabulary
+        held = 4 * s.parameters if self.searches else 2 * s.outside + 10 * s.layer + 12 * largest
+        return kept + logits, held
+
+    def search(self) -> Need:
+        s, m, search = self.shape, self.machine, self.settings["search"]
+        plans = search["evaluations"]
+        drawing = 0 if self.searches or self.on_gpu else s.weights / 85e6  # noise of a measured plan
+        rest, held = self.measuring
+        return self.need(
+            2 * (plans * search["reward_tokens"] + self.held_out) * (self.token + self.head) / m.fast
+            + 2 * plans * 4 * s.weights / 2e9
+            + search["episodes"] * self.units * 4e-5
+            + (0 if self.searches else plans * (self.reading + drawing)),
+            rest + held + 0.1 * GIB,  # of stable-baselines
+            50_000,
+            not self.searches,
+        )
+
+    def allocation(self) -> Need:
+        """Of a learned plan, which is really quantized, and so is the Lagrangian one."""
+        m, s = self.machine, self.shape
+        rest, held = self.measuring
+        tokens = 16 * self.settings["calibration"]["length"]
+        really = self.resident + self.matrices + FLOAT * tokens * (4 * s.intermediate + 7 * s.hidden)
+        return self.need(
+            2 * self.held_out * (self.token + self.head) / m.fast
+            + 2 * (self.searched + 2 * CONFIRM_TOKENS * (self.token + self.covariance) / m.fast)
+            + 2 * self.factors / m.solves,
+            rest + max(held, (held / 2 if self.searches else 0) + really),  # the noise is let go
+            100 * self.units,
+            not self.searches,
+        )
+
+    def quantize(self) -> Need:
+        m = self.machine
+        states = FLOAT * self.shape.hidden * self.calibrated
+        return self.need(
+            self.searched
+            + self.calibrated * (2 * self.token / m.fast + self.covariance / m.products)
+            + self.factors / m.solves
+            + self.reading,
+            self.packed + 2 * self.checkpoint + self.resident + states + self.matrices + self.inside(self.batch),
+            self.checkpoint,
+        )
+
+    def recovery(self) -> Need:
+        """Teacher and student, whole with their gradients, or a layer of each; hidden states, gains, logits."""
+        s, m, settings = self.shape, self.machine, self.settings["recovery"]
+        window = self.settings["calibration"]["recovery_length"]
+        steps = presets.recovery_steps(settings["preset"], settings["steps"])
+        tokens, logits = steps * window, 11 * FLOAT * window * s.vocabulary
+        whole = settings["scope"] == "model" or (
+            settings["scope"] == "auto" and self.fits(memory.RECOVERY * s.parameters)
+        )
+        tuned = tokens * 6 * (self.token + self.head) + tokens * 2 * self.token
+        held, reading = memory.RECOVERY * s.parameters, 0.0
+        if not whole:
+            tuned += tokens * 2 * self.token  # every layer once more
+            gains = 12 * s.weights / self.settings["units"]["chunk"]
+            flows = FLOAT * s.hidden * (tokens + self.held_out + s.layers * window)
+            layers = FLOAT * s.outside + self.resident + 8 * s.layer + 10 * self.inside(window)
+            held = layers + gains + min(flows, self.machine.room / 4)
+            reading = self.reading + (2 * steps + 2) * self.decoding
+        measured = 4 * self.held_out * (self.token + self.head)
+        return self.need((tuned + measured) / m.fast + reading, held + logits, self.checkpoint, not whole)
+
+    def perplexity(self, packed: bool) -> Need:
+        s = self.shape
+        # hidden states of the text, and the logits of one window twice
+        held = FLOAT * s.hidden * self.tested + 2 * FLOAT * self.settings["calibration"]["context"] * s.vocabulary
+        loading = self.decoding if packed else self.reading
+        return self.need(self.tested * (self.token + self.head) / self.machine.products + loading, self.resident + held)
+
+    def zero_shot(self, packed: bool) -> Need:
+        """In batches of 8, or of 32 where each of them reads the model."""
+        whole = self.fits(self.whole)
+        batches = 0 if whole else self.answered / (32 * 100)
+        loading = max(1, batches) * self.decoding if packed else batches * self.reading
+        held = (self.whole + (self.packed if packed else 0)) if whole else self.resident
+        logits = (8 if whole else 32) * 512 * FLOAT * self.shape.vocabulary
+        seconds = self.answered * (self.token + self.head) / self.machine.fast
+        return self.need(seconds + loading, held + logits, streamed=not whole)
