@@ -12,6 +12,7 @@ stored, whatever the model's depth. A packed checkpoint is decoded layer by laye
 model (lm-eval): a layer's weights come when it is called.
 """
 
+import ctypes
 import math
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -202,6 +203,14 @@ def walk(model: nn.Module, order: Iterable[int] | None = None) -> Generator[tupl
             finally:
                 for name, tensor in empty.items():
                     _put(model, name, tensor)
+                _trim()
+
+
+def _trim() -> None:
+    """Give freed memory back: glibc keeps what lies between other blocks, and peaks would grow with the depth."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ those for a model of almost nothing (imports, and the frame of a step), which co
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -49,6 +50,12 @@ STEPS = {
 }
 STREAMED = {"WINDQUANT_MEMORY": "0.001"}  # GiB: nothing fits as a whole
 RECORDS = 32  # of the zero-shot task, of 64 tokens
+
+
+def make(folder: Path, size: str, samples: int, length: int) -> None:
+    """Model and text of a size."""
+    make_text(folder / "text", samples, length)
+    make_model(folder / "model", size)
 
 
 def make_model(folder: Path, size: str) -> None:
@@ -103,8 +110,10 @@ def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dic
     here = folder / size
     model, text = here / "model", here / "text"
     if not model.exists():
-        make_model(model, size)
-        make_text(text, samples, length)
+        # in a process of its own: a child's peak of memory begins with what its parent has had at most
+        maker = multiprocessing.get_context("spawn").Process(target=make, args=(here, size, samples, length))
+        maker.start()
+        maker.join()
     statistics, bank, plan = (here / name for name in ("statistics.safetensors", "bank.safetensors", "plan.json"))
     packed, recovered = here / "packed", here / "recovered"
     policy = here / "search.safetensors"
