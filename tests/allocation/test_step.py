@@ -105,7 +105,7 @@ def test_a_layer_policy_gives_every_layer_one_action(
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({}, ["--allocator", "layer"], "decides by chunk; layer takes one by layer"),
+        ({}, ["--allocator", "layer"], "decides by chunk, not by layer"),
         ({"bank": "0" * 64}, [], "made with another bank (digest 000000000000"),
         ({"version": features.VERSION + 1}, [], f"features of version {features.VERSION + 1}; this version reads"),
         ({"features": ["kind q_proj"]}, [], "other features than the bank (kind down_proj"),

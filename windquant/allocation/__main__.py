@@ -72,13 +72,8 @@ def learned(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[st
             f"allocator {settings.allocator} takes a policy: give --search (python -m windquant.search)"
         )
     found = Learned.load(path)
-    wanted = "layer" if settings.allocator == "layer" else "chunk"
-    if found.per != wanted:
-        raise WindquantError(
-            f"{path}: a policy that decides by {found.per}; {settings.allocator} takes one by {wanted}"
-        )
     try:
-        found.check(bank)
+        found.check(bank, "layer" if settings.allocator == "layer" else "chunk")
     except WindquantError as error:
         raise WindquantError(f"{path}: {error}") from error
     baseline = lagrangian.allocate(bank, settings.target_bits)

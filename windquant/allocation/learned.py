@@ -47,8 +47,10 @@ class Learned:
     told: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # [d + A] of them what the policy is told
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # of the policy, its critic included
 
-    def check(self, bank: Bank) -> None:
-        """Raise WindquantError if this is no policy for `bank`."""
+    def check(self, bank: Bank, per: str = "chunk") -> None:
+        """Raise WindquantError if this is no policy that decides by `per` for `bank`."""
+        if self.per != per:
+            raise WindquantError(f"this policy decides by {self.per}, not by {per}; make a search with --per {per}")
         if self.bank != bank.sha256:
             raise WindquantError(
                 f"this search was made with another bank (digest {self.bank[:12]}, here {bank.sha256[:12]}): its model "
