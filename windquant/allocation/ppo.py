@@ -54,12 +54,14 @@ def search(
     measure: Measure,
     cache: Path | None = None,
     report: Report | None = None,
+    start: Learned | None = None,
 ) -> Learned:
     """Train a policy for all targets of `settings.targets` that the bank allows.
 
     `measure(choice [U])` is the loss gap in nats per token of a materialized plan; it is called at most
     `settings.evaluations` times. `cache` is a folder for the state; `report(values, update)` gets the learning curve.
-    Same seed, same policy.
+    `start` is a policy of another bank that fits this one: the search begins with what it has learned. Same seed, same
+    policy.
     """
     with threads(1) as original:
 
@@ -67,7 +69,7 @@ def search(
             with threads(original):
                 return measure(choice)
 
-        return Search(bank, seed, settings, measured, cache, report).run()
+        return Search(bank, seed, settings, measured, cache, report, start).run()
 
 
 class Search:
@@ -81,12 +83,14 @@ class Search:
         measure: Measure,
         cache: Path | None,
         report: Report | None,
+        start: Learned | None = None,
     ) -> None:
+        self.start = start
         self.bank, self.seed, self.settings = bank, seed, settings
         self.cache, self.report = cache, report or (lambda values, update: None)
         self.span = (max(settings.targets[0], lowest(bank)), min(settings.targets[-1], highest(bank)))
         self.random = np.random.default_rng(seed)
-        self.model = LossModel(bank)
+        self.model = LossModel(bank, start.weights if start else None)
         self.curve: list[dict[str, float]] = []
         self.walks = max(1, -(-settings.episodes // settings.n_envs))
         self.walked = 0  # finished walks (of n_envs episodes each)
@@ -96,7 +100,7 @@ class Search:
         rest = max(0, settings.evaluations - len(self.anchors))
         rounds = max(1, round((1 - TRAINING_SHARE) * rest / len(self.anchors)))
         self.schedule = spread(max(0, rest - rounds * len(self.anchors)), self.walks)
-        self.key = identity(bank, seed, settings)
+        self.key = identity(bank, seed, settings) + (start.bank if start else "")
         record = cache / "measured.txt" if cache else None
         self.trials = Trials(self.model, measure, settings.evaluations, record, self.key)
         self.checks: dict[float, float] = {}  # measured losses of the policy's plans, by target
@@ -141,6 +145,8 @@ class Search:
             seed=self.seed,
         )
         ppo.set_logger(Logger(None, [CurveWriter(self.curve, self.report)]))
+        if self.start and self.start.tensors:
+            ppo.policy.load_state_dict(self.start.tensors)
         return ppo
 
     def brief(self) -> Brief:
