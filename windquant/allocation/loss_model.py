@@ -29,7 +29,7 @@ ACTION_SPREAD = 0.2  # prior standard deviation of the logarithm of an action's 
 OFFSET_SPREAD = 2.0
 POWER, POWER_SPREAD = 0.8, 0.2
 BEND_SPREAD = 0.1
-NOISE = 0.02  # relative, of what the directions cannot explain, and its smallest value: see docs/allocation.md
+NOISE = 0.02  # relative, of what the directions cannot explain, and its smallest value: see docs/decisions.md
 Vector = NDArray[np.float64]
 FLOOR = 0.02  # gaps below this share of the predicted one say nothing more: the logarithm stays finite
 

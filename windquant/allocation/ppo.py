@@ -16,6 +16,7 @@ pairs say whether anything was learned.
 The search's state is written after every update: a killed search goes on and ends with the same policy.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,8 +168,7 @@ class Search:
         return Brief(targets, self.learned + offset, offset)
 
     def draw(self, count: int, low: float, high: float) -> NDArray[np.float64]:
-        """[count] targets from `low` to `high`, evenly spread on a logarithmic scale: a bit less is a quarter of the
-        loss more or less at every budget."""
+        """[count] targets from `low` to `high`, evenly spread on a logarithmic scale: most is lost at small budgets."""
         share = (self.random.permutation(count) + self.random.random(count)) / max(1, count)
         return low * (high / low) ** share
 
@@ -277,11 +277,14 @@ class Search:
         """The policy, and what the search saw."""
         split = len(self.model.names)
         weights = self.model.weights
-        first = {trial.target: trial.loss for trial in self.trials.done if trial.source == "lagrangian"}
+        checks = []
+        for target, loss in self.checks.items():
+            first = self.trials.known(lagrangian.allocate(self.bank, target))  # two targets may have the same plan
+            checks.append({"target": target, "lagrangian": first.loss if first else math.inf, "policy": loss})
         document = {
             "evaluations": len(self.trials.done),
             "episodes": self.walked * self.settings.n_envs,
-            "checks": [{"target": t, "lagrangian": first[t], "policy": loss} for t, loss in self.checks.items()],
+            "checks": checks,
             "pairs": [
                 [t.source, *(round(v, 6) for v in (t.predicted, t.corrected, t.loss, t.target))]
                 for t in self.trials.done
