@@ -56,7 +56,7 @@ STEPS = {
     "statistics": Step("windquant.statistics", "statistics"),
     "bank": Step("windquant.bank", "units"),
     "search": Step("windquant.search", "search", arguments=("per",)),
-    "allocation": Step("windquant.allocation", "search", arguments=("allocator", "target_bits")),
+    "allocation": Step("windquant.allocation", "search", arguments=("allocator", "target_bits", "transfer")),
     "quantize": Step("windquant.quantize", "quantize"),
     "recovery": Step("windquant.recovery", "recovery"),
     "perplexity": Step("windquant.evaluation.perplexity", "evaluation"),

@@ -161,7 +161,7 @@ def readme(schema: Mapping[str, Any]) -> str:
         section = schema["$defs"][name]
         parts.append(f"## {name}\n\n{section['description']}")
         parts.append(_table(section["properties"]))
-    parts.append("## budgets, seeds, ablations\n\nWhat compares results with each other; see docs/studies.md.")
+    parts.append("## budgets, seeds, ablations\n\nWhat compares results with each other; see docs/allocation.md.")
     parts.append(_table(STUDIES))
     return "\n\n".join(parts) + "\n"
 

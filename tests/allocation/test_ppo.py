@@ -82,6 +82,26 @@ def test_one_policy_beats_the_lagrangian_plan_at_every_budget(
     assert found.doubt(bits) == ""
 
 
+def test_what_was_learned_transfers_to_another_model(
+    one_for_all: tuple[Bank, Measure, Learned], make_bank: Callable[..., Bank], hidden_loss: Callable[..., Measure]
+) -> None:
+    """Errors that are wrong in the same directions: better than the Lagrangian plan without any measurement, and
+    better still after a few; the same few do less for a search that starts from nothing."""
+    _, _, found = one_for_all
+    bank = make_bank(layers=4, seed=1)
+    measure = hidden_loss(bank, seed=0, noise=0.1)
+    with pytest.raises(WindquantError, match="another bank"):
+        found.check(bank)
+    found.check(bank, transfer=True)
+    options = SearchSettings(episodes=32, evaluations=6, targets=(2.0,))
+    tuned = search(bank, 0, options, measure, start=found)
+    alone = search(bank, 0, options, measure)
+    first = measure(lagrangian.allocate(bank, 2.0))
+    zero_shot, after, fresh = (measure(policy.plan(bank, 2.0)) for policy in (found, tuned, alone))
+    assert zero_shot < 0.99 * first
+    assert after < min(fresh, 1.01 * zero_shot)
+
+
 def test_the_learning_is_visible(one_for_all: tuple[Bank, Measure, Learned]) -> None:
     curve = one_for_all[2].search["curve"]
     assert np.mean([point["reward"] for point in curve[-8:]]) > np.mean([point["reward"] for point in curve[8:24]])

@@ -105,7 +105,7 @@ def test_a_layer_policy_gives_every_layer_one_action(
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({}, ["--allocator", "layer"], "decides by chunk; layer takes one by layer"),
+        ({}, ["--allocator", "layer"], "decides by chunk, not by layer"),
         ({"bank": "0" * 64}, [], "made with another bank (digest 000000000000"),
         ({"version": features.VERSION + 1}, [], f"features of version {features.VERSION + 1}; this version reads"),
         ({"features": ["kind q_proj"]}, [], "other features than the bank (kind down_proj"),
@@ -125,6 +125,21 @@ def test_a_policy_that_does_not_fit_is_refused_with_the_reason(
     assert error.startswith("error: search.safetensors: ")
     assert message in error
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_policy_of_another_bank_is_taken_where_that_is_asked_for(
+    tmp_path: Path, small_bank: Bank, make_bank: Callable[..., Bank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = make_bank(layers=3, hidden=64, inner=160, key=32, chunk=16)
+    found = policy(other, tmp_path / "search.safetensors")
+    flags = ["--search", "search.safetensors", "--target-bits", "2.4", "--transfer"]
+    plan = Plan.load(allocate(tmp_path, small_bank, *flags))
+    assert plan.search["chosen"] == "policy"
+    assert plan.predicted_loss == pytest.approx(small_bank.predicted_loss(found.plan(small_bank, 2.4)))
+    policy(other, tmp_path / "search.safetensors", features=["kind conv"])
+    with pytest.raises(SystemExit):
+        allocate(tmp_path, small_bank, *flags)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:500], lambda content: b"nothing"])

@@ -40,7 +40,14 @@ def test_tracking_has_a_run_for_every_step(finished_once: Path) -> None:
     runs = client.search_runs(experiments, max_results=1000)
     assert {run.info.status for run in runs if "step" in run.data.tags} == {"FINISHED"}
     steps = [run.data.tags["step"] for run in runs if "step" in run.data.tags]
-    for step, count in {"statistics": 1, "bank": 1, "allocation": 2, "recovery": 2, "perplexity": 5}.items():
+    for step, count in {
+        "statistics": 1,
+        "bank": 1,
+        "search": 1,
+        "allocation": 2,
+        "recovery": 2,
+        "perplexity": 5,
+    }.items():
         assert steps.count(step) == count, step
 
 
@@ -56,9 +63,9 @@ def test_recovery_steps_rerun_recovery_and_evaluation_only(finished: Path, snake
     assert jobs == {"recovery": 1, "perplexity": 1, "zero_shot": 1, "result": 1}
 
 
-def test_another_budget_keeps_statistics_and_bank(finished: Path, snakemake: Snakemake) -> None:
+def test_another_budget_keeps_statistics_bank_and_search(finished: Path, snakemake: Snakemake) -> None:
     jobs = again(finished, snakemake, f"results/{MODEL}_5.0bits.json")
-    shared = {"experiment_of_model", "model", "calibration", "statistics", "bank", "perplexity_original"}
+    shared = {"experiment_of_model", "model", "calibration", "statistics", "bank", "search", "perplexity_original"}
     assert jobs == {rule: n for rule, n in CHAIN.items() if rule not in {*shared, "zero_shot_original"}}
 
 
@@ -70,7 +77,7 @@ def test_chunk_reruns_the_bank_and_what_follows(finished: Path, snakemake: Snake
 
 def test_search_settings_rerun_the_plan_of_ppo_alone(finished: Path, snakemake: Snakemake) -> None:
     jobs = again(finished, snakemake, RESULT, GREEDY, "--config", "search={episodes: 9}")
-    assert jobs["allocation"] == jobs["quantize"] == 1
+    assert jobs["search"] == jobs["allocation"] == jobs["quantize"] == 1
     assert "bank" not in jobs
 
 

@@ -29,6 +29,7 @@ ARTIFACTS = [
     f"data/calibration/{MODEL}",
     f"data/statistics/{MODEL}.safetensors",
     f"data/bank/{MODEL}.safetensors",
+    f"data/search/{MODEL}_ppo.safetensors",
     f"data/plans/{MODEL}_{BITS}bits.ppo.json",
     f"data/checkpoints/{MODEL}_{BITS}bits.ppo/before_recovery",
     f"data/checkpoints/{MODEL}_{BITS}bits.ppo/quantized",

@@ -1,6 +1,7 @@
 """Allocation: choose one action for every unit, so that the plan meets a target of effective bits.
 
     python -m windquant.allocation --bank BANK --search SEARCH.safetensors --target-bits 2.25 --output PLAN.json
+    python -m windquant.allocation --bank BANK --search OTHER.safetensors --transfer --output PLAN.json
     python -m windquant.allocation --bank BANK --allocator lagrangian --target-bits 2.0 --output PLAN.json
 
 The allocators `ppo` and `layer` take a policy that `windquant.search` has made, and `ppo`, where --model, --calibration
@@ -72,18 +73,14 @@ def learned(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[st
             f"allocator {settings.allocator} takes a policy: give --search (python -m windquant.search)"
         )
     found = Learned.load(path)
-    wanted = "layer" if settings.allocator == "layer" else "chunk"
-    if found.per != wanted:
-        raise WindquantError(
-            f"{path}: a policy that decides by {found.per}; {settings.allocator} takes one by {wanted}"
-        )
     try:
-        found.check(bank)
+        found.check(bank, "layer" if settings.allocator == "layer" else "chunk", settings.transfer)
     except WindquantError as error:
         raise WindquantError(f"{path}: {error}") from error
     baseline = lagrangian.allocate(bank, settings.target_bits)
     confirm = settings.confirm and settings.allocator == "ppo"
-    reason = found.doubt(settings.target_bits) if confirm else found.reason
+    measured = confirm and not settings.transfer  # what was measured on another model says nothing about this one
+    reason = found.doubt(settings.target_bits) if measured else found.reason
     document = found.search | {"chosen": "lagrangian"}
     if reason:
         return baseline, document | {"reason": reason, "fallback": found.exploded(settings.target_bits)}

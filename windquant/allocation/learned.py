@@ -47,17 +47,15 @@ class Learned:
     told: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # [d + A] of them what the policy is told
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # of the policy, its critic included
 
-    def check(self, bank: Bank) -> None:
-        """Raise WindquantError if this is no policy for `bank`."""
-        if self.bank != bank.sha256:
+    def check(self, bank: Bank, per: str = "chunk", transfer: bool = False) -> None:
+        """Raise WindquantError if this is no policy by `per` for `bank`; `transfer`: if it cannot read its units."""
+        if self.per != per:
+            raise WindquantError(f"this policy decides by {self.per}, not by {per}; make a search with --per {per}")
+        if self.bank != bank.sha256 and not transfer:
             raise WindquantError(
                 f"this search was made with another bank (digest {self.bank[:12]}, here {bank.sha256[:12]}): its model "
-                "or configuration is another one; make the search for this bank"
+                "or configuration is another one; make the search for this bank, or take it as it is with --transfer"
             )
-        self.fits(bank)
-
-    def fits(self, bank: Bank) -> None:
-        """Raise WindquantError if the policy cannot read the units of `bank`."""
         inner = self._inner(bank)
         names, _ = unit_features(inner)
         directions, _ = corrections(inner)

@@ -29,16 +29,17 @@ ACTION_SPREAD = 0.2  # prior standard deviation of the logarithm of an action's 
 OFFSET_SPREAD = 2.0
 POWER, POWER_SPREAD = 0.8, 0.2
 BEND_SPREAD = 0.1
-NOISE = 0.01  # relative; what the directions cannot explain counts as noise, and this is its smallest value
+NOISE = 0.02  # relative, of what the directions cannot explain, and its smallest value: see docs/decisions.md
 Vector = NDArray[np.float64]
 FLOOR = 0.02  # gaps below this share of the predicted one say nothing more: the logarithm stays finite
 
 
 @dataclass
 class LossModel:
-    """Weights are [d + A]: the directions' w, then the actions' v."""
+    """Weights are [d + A]: the directions' w, then the actions' v. `believed` are those before any measurement."""
 
     bank: Bank
+    believed: Vector | None = None  # [d + A]; None: zeros, the bank's own errors
     names: list[str] = field(init=False)  # [d] of the directions
     phi: NDArray[np.float64] = field(init=False)  # [U, d]
     plans: list[Choice] = field(default_factory=list)  # measured ones
@@ -49,7 +50,8 @@ class LossModel:
         self.errors = prices(self.bank)
         self.size = self.phi.shape[1] + len(self.bank.actions)
         scale = np.r_[np.ones(self.phi.shape[1]), np.full(len(self.bank.actions), ACTION_SPREAD)]
-        self._prior_mean = np.r_[np.zeros(self.size), 0.0, POWER, 0.0]
+        believed = np.zeros(self.size) if self.believed is None else self.believed
+        self._prior_mean = np.r_[believed, 0.0, POWER, 0.0]
         self._prior_spread = np.r_[scale, OFFSET_SPREAD, POWER_SPREAD, BEND_SPREAD]
         self._theta = self._prior_mean.copy()
         self._precision = np.diag(self._prior_spread**-2)

@@ -16,6 +16,7 @@ pairs say whether anything was learned.
 The search's state is written after every update: a killed search goes on and ends with the same policy.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,12 +55,14 @@ def search(
     measure: Measure,
     cache: Path | None = None,
     report: Report | None = None,
+    start: Learned | None = None,
 ) -> Learned:
     """Train a policy for all targets of `settings.targets` that the bank allows.
 
     `measure(choice [U])` is the loss gap in nats per token of a materialized plan; it is called at most
     `settings.evaluations` times. `cache` is a folder for the state; `report(values, update)` gets the learning curve.
-    Same seed, same policy.
+    `start` is a policy of another bank that fits this one: the search begins with what it has learned. Same seed, same
+    policy.
     """
     with threads(1) as original:
 
@@ -67,7 +70,7 @@ def search(
             with threads(original):
                 return measure(choice)
 
-        return Search(bank, seed, settings, measured, cache, report).run()
+        return Search(bank, seed, settings, measured, cache, report, start).run()
 
 
 class Search:
@@ -81,12 +84,14 @@ class Search:
         measure: Measure,
         cache: Path | None,
         report: Report | None,
+        start: Learned | None = None,
     ) -> None:
+        self.start = start
         self.bank, self.seed, self.settings = bank, seed, settings
         self.cache, self.report = cache, report or (lambda values, update: None)
         self.span = (max(settings.targets[0], lowest(bank)), min(settings.targets[-1], highest(bank)))
         self.random = np.random.default_rng(seed)
-        self.model = LossModel(bank)
+        self.model = LossModel(bank, start.weights if start else None)
         self.curve: list[dict[str, float]] = []
         self.walks = max(1, -(-settings.episodes // settings.n_envs))
         self.walked = 0  # finished walks (of n_envs episodes each)
@@ -96,7 +101,7 @@ class Search:
         rest = max(0, settings.evaluations - len(self.anchors))
         rounds = max(1, round((1 - TRAINING_SHARE) * rest / len(self.anchors)))
         self.schedule = spread(max(0, rest - rounds * len(self.anchors)), self.walks)
-        self.key = identity(bank, seed, settings)
+        self.key = identity(bank, seed, settings) + (start.bank if start else "")
         record = cache / "measured.txt" if cache else None
         self.trials = Trials(self.model, measure, settings.evaluations, record, self.key)
         self.checks: dict[float, float] = {}  # measured losses of the policy's plans, by target
@@ -141,6 +146,8 @@ class Search:
             seed=self.seed,
         )
         ppo.set_logger(Logger(None, [CurveWriter(self.curve, self.report)]))
+        if self.start and self.start.tensors:
+            ppo.policy.load_state_dict(self.start.tensors)
         return ppo
 
     def brief(self) -> Brief:
@@ -161,8 +168,7 @@ class Search:
         return Brief(targets, self.learned + offset, offset)
 
     def draw(self, count: int, low: float, high: float) -> NDArray[np.float64]:
-        """[count] targets from `low` to `high`, evenly spread on a logarithmic scale: a bit less is a quarter of the
-        loss more or less at every budget."""
+        """[count] targets from `low` to `high`, evenly spread on a logarithmic scale: most is lost at small budgets."""
         share = (self.random.permutation(count) + self.random.random(count)) / max(1, count)
         return low * (high / low) ** share
 
@@ -271,11 +277,14 @@ class Search:
         """The policy, and what the search saw."""
         split = len(self.model.names)
         weights = self.model.weights
-        first = {trial.target: trial.loss for trial in self.trials.done if trial.source == "lagrangian"}
+        checks = []
+        for target, loss in self.checks.items():
+            first = self.trials.known(lagrangian.allocate(self.bank, target))  # two targets may have the same plan
+            checks.append({"target": target, "lagrangian": first.loss if first else math.inf, "policy": loss})
         document = {
             "evaluations": len(self.trials.done),
             "episodes": self.walked * self.settings.n_envs,
-            "checks": [{"target": t, "lagrangian": first[t], "policy": loss} for t, loss in self.checks.items()],
+            "checks": checks,
             "pairs": [
                 [t.source, *(round(v, 6) for v in (t.predicted, t.corrected, t.loss, t.target))]
                 for t in self.trials.done

@@ -58,6 +58,7 @@ class Settings(MeasureSettings):
     allocator: Literal["ppo", "uniform", "greedy", "lagrangian", "random", "layer", "evolution"] = (
         "ppo"  # what makes the plan
     )
+    transfer: bool = False  # take a policy that was made with another bank, if it can read this one's units
     confirm: bool = True  # the learned plan is taken only where it beats the Lagrangian one, both really quantized
 
     def __post_init__(self) -> None:

@@ -72,10 +72,11 @@ class Experiment:
 class Pair:
     """A plan that the search has measured; losses in nats per token."""
 
-    source: str  # lagrangian, sampled or deterministic
+    source: str  # lagrangian, sampled, deterministic or evolution
     predicted: float  # by the bank
     corrected: float  # by the loss model as it was before the measurement
     measured: float
+    target: float | None = None  # bits; plans of older searches do not say
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def learning(e: Experiment) -> Figure | None:
     plot.line([(i + 0.5, value) for i, value in enumerate(running(rewards))], 0)
     first, last = (sum(part) / len(part) for part in (rewards[:SMOOTH], rewards[-SMOOTH:]))
     named = [f"{target:g}" for target, _ in stages if target is not None]
-    way = f" The curriculum's targets are {', '.join(named)} bits." if named else ""
+    way = f" The lowest targets of the curriculum are {', '.join(named)} bits." if named else ""
     says = (
         f"{count} updates; the mean reward goes from {first:.4f} in the first {SMOOTH} to {last:.4f} in the last.{way}"
     )
@@ -71,7 +71,7 @@ def predicted(e: Experiment) -> Figure | None:
     pairs = e.pairs
     if len(pairs) < 2:
         return None
-    sources = {"lagrangian": 1, "sampled": 0, "deterministic": 2}
+    sources = {"lagrangian": 1, "sampled": 0, "deterministic": 2, "evolution": 0}
     values = [value for p in pairs for value in (p.predicted, p.corrected, p.measured)]
     span = extent(values)
     plot = Plot(span, span, "predicted loss increase, nats per token", "measured, nats per token")
@@ -85,17 +85,18 @@ def predicted(e: Experiment) -> Figure | None:
     bank = correlation([(p.predicted, p.measured) for p in pairs])
     corrected = correlation([(p.corrected, p.measured) for p in pairs])
     says = (
-        f"{len(pairs)} measured plans at the target. Pearson's r of measured and predicted loss: {show(bank)} for the "
-        f"bank, {show(corrected)} for the loss model that the measurements before had corrected."
+        f"{len(pairs)} measured plans of all budgets of the search. Pearson's r of measured and predicted loss: "
+        f"{show(bank)} for the bank, {show(corrected)} for the loss model that the measurements before had corrected."
     )
     return Figure(
         "Predicted against measured loss in the search",
         plot.picture(f"Predicted against measured loss of the plans of {e.title}", says),
-        f"{says} Hollow: the bank; full: corrected; dashed: equal. All of them are near the best plan, so they "
-        "differ little. (The paper reports 0.997 for its proxy and the final perplexity.)",
+        f"{says} Hollow: the bank; full: corrected; dashed: equal. Most of what differs is the budget. (The paper "
+        "reports 0.997 for its proxy and the final perplexity.)",
         (make(e.inputs["plan"]),),
-        (("plan", "predicted", "corrected", "measured"),
-         *((p.source, f"{p.predicted:.4f}", f"{p.corrected:.4f}", f"{p.measured:.4f}") for p in pairs)),
+        (("plan", "bits", "predicted", "corrected", "measured"),
+         *((p.source, f"{p.target:.4g}" if p.target else "",
+            *(f"{value:.4f}" for value in (p.predicted, p.corrected, p.measured))) for p in pairs)),
         legend([(name, index) for name, index in sources.items() if any(p.source == name for p in pairs)]),
     )  # fmt: skip
 

@@ -157,10 +157,16 @@ def task_files(wildcards):
     return local.of_tasks(entry["tasks"], entry["data_dir"])
 
 
+def alters(model, change, step):
+    """Whether a change gives a step other settings."""
+    one, other = (configuration.step_settings(entry, step) for entry in (resolved(model), resolved(model, change)))
+    return one != other
+
+
 def bank_of(wildcards):
     """The bank of a plan or search: of the model, or one of its own where a change cuts the units otherwise."""
     change = variant(wildcards).change
-    own = f"_{change}" if change and "units" in changes(wildcards.model)[change] else ""
+    own = f"_{change}" if alters(wildcards.model, change, "bank") else ""
     return f"data/bank/{wildcards.model}{own}.safetensors"
 
 
@@ -175,12 +181,12 @@ def bank_of_plan(wildcards):
 
 
 def search_of(wildcards):
-    """The search whose policy makes a plan, where one does: all budgets share it, and what changes recovery only."""
+    """The search whose policy makes a plan, where one does: all budgets share it, and changes that it does not notice."""
     own = variant(wildcards)
     if own.allocator not in configuration.LEARNED:
         return []
-    changed = {"units", "search"} & set(changes(wildcards.model)[own.change]) if own.change else ()
-    parts = [own.allocator, *([own.change] if changed else []), *([] if own.seed is None else [str(own.seed)])]
+    noticed = any(alters(wildcards.model, own.change, step) for step in ("bank", "search"))
+    parts = [own.allocator, *([own.change] if noticed else []), *([] if own.seed is None else [str(own.seed)])]
     return [f"data/search/{wildcards.model}_{'-'.join(parts)}.safetensors"]
 
 
