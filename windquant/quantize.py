@@ -105,9 +105,9 @@ def quantize_model(
                 continue
             weight = model.get_parameter(f"{linear.name}.weight")
             result[linear.name], decoded = quantize_linear(
-                weight.float().cpu(),
+                weight.float(),
                 orders[linear.group],
-                matrices[linear.group].cpu(),
+                matrices[linear.group],
                 layouts[linear.name],
                 statistics.fisher[linear.name],
             )

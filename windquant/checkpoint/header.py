@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from windquant.errors import WindquantError
 
@@ -36,6 +37,12 @@ class Entry:
         with self.file.open("rb") as file:
             file.seek(self.start)
             return file.read(self.size)
+
+    def tensor(self) -> Tensor:
+        """The tensor, on the CPU."""
+        assert self.dtype is not None, "compared with a layout before"
+        data = torch.frombuffer(bytearray(self.raw()), dtype=torch.uint8) if self.size else torch.empty(0).byte()
+        return data.view(self.dtype).view(self.shape)
 
 
 def entries(file: Path) -> dict[str, Entry]:

@@ -6,8 +6,9 @@ Loading swaps the linears of config.json for `PackedLinear` on the meta device, 
 and decodes the weights. All checks happen before a tensor is read.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,13 @@ from windquant.checkpoint import description
 from windquant.checkpoint.description import METHOD
 from windquant.checkpoint.files import check, check_plan, stored, unpacked_order
 from windquant.checkpoint.fused import Fused
+from windquant.checkpoint.header import Entry
 from windquant.checkpoint.linear import PackedLinear
 from windquant.errors import WindquantError
 from windquant.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = tuple(description.DTYPES.values())  # that a packed model is loaded in
 
@@ -59,16 +64,17 @@ class WindquantQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> "PreTrainedModel":
         files = [Path(file) for file in checkpoint_files or ()]
         folder = files[0].parent if files else None
         layouts = description.layouts(
             self.quantization_config.description, folder / "config.json" if folder else METHOD
         )
+        stored: dict[str, Entry] = {}
         if folder is not None:
             with torch.device("cpu"):  # transformers builds the model under torch.device("meta")
-                check(layouts, files)
+                stored = check(layouts, files)
             if (folder / "plan.json").is_file():  # save_pretrained and the Hub may leave it out
                 check_plan(layouts, Plan.load(folder / "plan.json"), folder / "plan.json")
         for name, layout in layouts.items():
@@ -87,18 +93,25 @@ class WindquantQuantizer(HfQuantizer):
                 )
             packed = PackedLinear(layout, linear.bias is not None, linear.weight.dtype, linear.weight.device)
             setattr(parent, layout.linear.kind, packed)
+            if stored:
+                with torch.device("cpu"):
+                    packed.take({key: stored[f"{name}.{key}"].tensor() for key in layout.shapes() if key != "codes"})
+        taken = "|".join(sorted({key for layout in layouts.values() for key in layout.shapes()}))
+        model._keys_to_ignore_on_load_unexpected = {
+            rf"\.({taken})$",
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+        }
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         for name, module in packed.items():
-            for key, (_, dtype) in module.layout.shapes().items():
-                tensor = module.get_buffer(key)
-                if tensor.is_meta or tensor.dtype != dtype:
-                    raise WindquantError(
-                        f"{name}.{key} was offloaded or loaded as {tensor.dtype}; give a device_map that holds the "
-                        "whole model, or load with low_memory=True on the CPU"
-                    )
+            codes = module.get_buffer("codes")
+            if codes.is_meta or codes.dtype != torch.uint8:
+                raise WindquantError(
+                    f"{name}.codes was offloaded or loaded as {codes.dtype}; give a device_map that holds the "
+                    "whole model, or load with low_memory=True on the CPU"
+                )
         orders = {
             name: unpacked_order(module.layout, module.get_buffer("order"))
             for name, module in packed.items()
@@ -107,9 +120,13 @@ class WindquantQuantizer(HfQuantizer):
         layouts = [module.layout for module in packed.values()]
         groups = {name: Fused(layouts) for name in orders}
         for module in packed.values():
+            device = module.get_buffer("codes").device
+            module.take({key: tensor.to(device) for key, tensor in module.tensors.items()})
             group = module.layout.linear.group
-            order = orders[group].to(module.get_buffer("codes").device)
-            module.connect(order, groups[group], self.quantization_config.low_memory)
+            module.connect(orders[group].to(device), groups[group], self.quantization_config.low_memory)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for _ in pool.map(lambda module: module.settle(threads=1), packed.values()):
+                pass
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

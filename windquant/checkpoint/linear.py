@@ -1,6 +1,7 @@
 """A packed linear layer: stored tensors as they lie on disk, and the product with what they stand for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch.nn import functional
 
 from windquant import kernels
 from windquant.checkpoint.fused import Fused
-from windquant.packed import Layout, dequantize
+from windquant.packed import Layout
 
 
 class PackedLinear(nn.Module):
@@ -40,13 +41,27 @@ class PackedLinear(nn.Module):
         """The stored tensors by name."""
         return {name: self.get_buffer(name) for name in self.layout.shapes()}
 
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold these stored tensors instead of the ones that were allocated."""
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Before it is loaded a linear has codes alone, so that transformers does not ask for the other tensors.
+
+        It spends a fifth of a millisecond on every name that it loads; huggingface.py reads them faster.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.get_buffer("codes").is_meta:
+            for name in self.layout.shapes().keys() - {"codes"}:
+                del destination[prefix + name]
+
     def connect(self, order: Tensor, fused: "Fused", low_memory: bool) -> None:
-        """Take the column order, int64 [columns], and what is shared by all linears of the group; then be ready."""
+        """Take the column order, int64 [columns], and what is shared by all linears of the group."""
         self.column_order, self.fused, self.low_memory = order, fused, low_memory
         fused.add(self)
-        self._settle()
 
-    def _settle(self) -> None:
+    def settle(self, threads: int | None = None) -> None:
         """Hold a decoded weight if, and only if, it is needed where the tensors are now."""
         if self.fused is None or self.get_buffer("codes").is_meta:
             return
@@ -55,10 +70,11 @@ class PackedLinear(nn.Module):
         if self.low_memory or kernels.serve(device, self.dtype):
             self.dense = None
         elif self.dense is None:
-            self.dense = self._decode()
+            self.dense = self._decode(threads)
 
-    def _decode(self) -> Tensor:
-        return dequantize(self.layout, self.tensors, self.get_buffer("column_order")).to(self.dtype)
+    def _decode(self, threads: int | None = None) -> Tensor:
+        order = self.get_buffer("column_order")
+        return kernels.decode(self.layout, self.tensors, order, self.dtype, threads)
 
     @property
     def weight(self) -> Tensor:
@@ -83,7 +99,7 @@ class PackedLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["actions"].device)).dtype
         if self.fused is not None:
             self.fused.forget()
-        self._settle()
+        self.settle()
         return self
 
     def extra_repr(self) -> str:
