@@ -106,15 +106,16 @@ class Layout:
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor."""
+        return self._shapes
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, chunks = self.linear.rows, len(self.widths)
         with_scale = sum(entry.has_scale for entry in self.actions)
         with_offset = sum(entry.has_offset for entry in self.actions)
         result: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "actions": ((chunks,), torch.uint8),
-            "codes": (
-                (sum(code_bytes(entry, rows, width) for entry, width in zip(self.actions, self.widths, strict=True)),),
-                torch.uint8,
-            ),
+            "codes": ((sum(len(run.chunks) * run.width * run.stride for run in self.runs),), torch.uint8),
             "scales": ((with_scale, stream_bytes(rows, (SCALE_BITS, SCALE_BITS))), torch.uint8),
             "scale_grid": ((2,), torch.float16),
             "row_scales": ((rows,), torch.uint8),

@@ -2,8 +2,8 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=WindquantConfig(low_memory=True))
 
-Loading swaps the linears of config.json for `PackedLinear` on the meta device, lets transformers fill their buffers,
-and decodes the weights. All checks happen before a tensor is read.
+Loading swaps the linears of config.json for `PackedLinear`, reads their small tensors, lets transformers load the codes
+to the device that it chooses, and decodes the weights, all processors at once. All checks come first.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from windquant.checkpoint import description
 from windquant.checkpoint.description import METHOD
 from windquant.checkpoint.files import check, check_plan, stored, unpacked_order
 from windquant.checkpoint.fused import Fused
-from windquant.checkpoint.header import Entry
+from windquant.checkpoint.header import tensors
 from windquant.checkpoint.linear import PackedLinear
 from windquant.errors import WindquantError
 from windquant.plan import Plan
@@ -71,10 +71,12 @@ class WindquantQuantizer(HfQuantizer):
         layouts = description.layouts(
             self.quantization_config.description, folder / "config.json" if folder else METHOD
         )
-        stored: dict[str, Entry] = {}
+        read: dict[str, Tensor] = {}
         if folder is not None:
             with torch.device("cpu"):  # transformers builds the model under torch.device("meta")
-                stored = check(layouts, files)
+                entries = check(layouts, files)
+                small = [f"{name}.{key}" for name in layouts for key in layouts[name].shapes() if key != "codes"]
+                read = dict(zip(small, tensors(entries[name] for name in small), strict=True))
             if (folder / "plan.json").is_file():  # save_pretrained and the Hub may leave it out
                 check_plan(layouts, Plan.load(folder / "plan.json"), folder / "plan.json")
         for name, layout in layouts.items():
@@ -91,11 +93,9 @@ class WindquantQuantizer(HfQuantizer):
                     f"{folder or METHOD}: dtype {linear.weight.dtype} is not supported; load it in "
                     "float16, bfloat16 or float32"
                 )
-            packed = PackedLinear(layout, linear.bias is not None, linear.weight.dtype, linear.weight.device)
-            setattr(parent, layout.linear.kind, packed)
-            if stored:
-                with torch.device("cpu"):
-                    packed.take({key: stored[f"{name}.{key}"].tensor() for key in layout.shapes() if key != "codes"})
+            given = {key: read[f"{name}.{key}"] for key in layout.shapes() if f"{name}.{key}" in read}
+            biased, weight = linear.bias is not None, linear.weight
+            setattr(parent, layout.linear.kind, PackedLinear(layout, biased, weight.dtype, weight.device, given))
         taken = "|".join(sorted({key for layout in layouts.values() for key in layout.shapes()}))
         model._keys_to_ignore_on_load_unexpected = {
             rf"\.({taken})$",
@@ -106,12 +106,13 @@ class WindquantQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         for name, module in packed.items():
-            codes = module.get_buffer("codes")
-            if codes.is_meta or codes.dtype != torch.uint8:
-                raise WindquantError(
-                    f"{name}.codes was offloaded or loaded as {codes.dtype}; give a device_map that holds the "
-                    "whole model, or load with low_memory=True on the CPU"
-                )
+            for key, (_, dtype) in module.layout.shapes().items():
+                tensor = module.get_buffer(key)
+                if tensor.is_meta or tensor.dtype != dtype:
+                    raise WindquantError(
+                        f"{name}.{key} was offloaded or loaded as {tensor.dtype}; give a device_map that holds the "
+                        "whole model, or load with low_memory=True on the CPU"
+                    )
         orders = {
             name: unpacked_order(module.layout, module.get_buffer("order"))
             for name, module in packed.items()
@@ -120,10 +121,8 @@ class WindquantQuantizer(HfQuantizer):
         layouts = [module.layout for module in packed.values()]
         groups = {name: Fused(layouts) for name in orders}
         for module in packed.values():
-            device = module.get_buffer("codes").device
-            module.take({key: tensor.to(device) for key, tensor in module.tensors.items()})
             group = module.layout.linear.group
-            module.connect(orders[group].to(device), groups[group], self.quantization_config.low_memory)
+            module.connect(orders[group], groups[group], self.quantization_config.low_memory)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for _ in pool.map(lambda module: module.settle(threads=1), packed.values()):
                 pass

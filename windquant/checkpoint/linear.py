@@ -22,13 +22,22 @@ class PackedLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, layout: Layout, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """dtype: of bias and decoded weight. tensors: stored ones that are there already; the others are allocated."""
         super().__init__()
         self.layout = layout
         self.in_features, self.out_features = layout.linear.columns, layout.linear.rows
         self.dtype = dtype  # of the decoded weight
         for name, (shape, stored) in layout.shapes().items():
-            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+            given = (tensors or {}).get(name)
+            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device) if given is None else given)
         rows = torch.empty(self.out_features, dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(rows, requires_grad=False) if bias else None)
         self.register_buffer("column_order", None, persistent=False)  # int64 [columns], shared by the group
@@ -41,24 +50,27 @@ class PackedLinear(nn.Module):
         """The stored tensors by name."""
         return {name: self.get_buffer(name) for name in self.layout.shapes()}
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Hold these stored tensors instead of the ones that were allocated."""
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Before it is loaded a linear has codes alone, so that transformers does not ask for the other tensors.
+        """While the codes are still to come, what is there already is left out: transformers would load it again.
 
-        It spends a fifth of a millisecond on every name that it loads; huggingface.py reads them faster.
+        It spends a fifth of a millisecond on every name, and most of a linear's tensors are small.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.get_buffer("codes").is_meta:
-            for name in self.layout.shapes().keys() - {"codes"}:
-                del destination[prefix + name]
+            for name, tensor in self.tensors.items():
+                if not tensor.is_meta:
+                    del destination[prefix + name]
 
     def connect(self, order: Tensor, fused: "Fused", low_memory: bool) -> None:
-        """Take the column order, int64 [columns], and what is shared by all linears of the group."""
-        self.column_order, self.fused, self.low_memory = order, fused, low_memory
+        """Take the column order, int64 [columns], and what is shared by all linears of the group.
+
+        Tensors that are not where the codes are go there.
+        """
+        device = self.get_buffer("codes").device
+        for name, tensor in self.tensors.items():
+            if tensor.device != device:
+                setattr(self, name, tensor.to(device))
+        self.column_order, self.fused, self.low_memory = order.to(device), fused, low_memory
         fused.add(self)
 
     def settle(self, threads: int | None = None) -> None:
