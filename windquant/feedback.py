@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from windquant import kernels
 from windquant.packed import SCALE_BITS, Layout, ScaleCoder, chunk_order, decode_offset, encode_offset, pack_order
 from windquant.quantizers import Fit, actions
 from windquant.quantizers.rotation import rotation
-from windquant.storage import pack
 from windquant.units import chunk_widths
 
 DAMPING = 0.01  # of the mean diagonal
@@ -51,9 +51,9 @@ def rotate(covariance: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
     """R^T H R for rotations of the column blocks (start, width); the columns between them stay as they are."""
     result = covariance.clone()
     for start, width in blocks:
-        result[:, start : start + width] = result[:, start : start + width] @ rotation(width)
+        result[:, start : start + width] = result[:, start : start + width] @ rotation(width).to(result.device)
     for start, width in blocks:
-        result[start : start + width] = rotation(width).T @ result[start : start + width]
+        result[start : start + width] = rotation(width).T.to(result.device) @ result[start : start + width]
     return result
 
 
@@ -63,8 +63,12 @@ def quantize_linear(
     """The tensors of one linear as they are stored (names of `Layout.shapes`), and the weight that they stand for.
 
     weight: float32 [rows, columns]; order: int64 [columns], protected columns first; covariance: H [columns, columns]
-    in natural order; importance: [rows], weight of each row's squared error (Fisher).
+    in natural order; importance: [rows], weight of each row's squared error (Fisher). The work is done where the weight
+    is, by what `kernels` chooses for that device; the stored tensors are on the CPU.
     """
+    device = weight.device
+    stored_order, order = order.cpu(), order.to(device)
+    covariance, importance = covariance.to(device), importance.to(device)
     protected, starts, widths = layout.protected, layout.starts, layout.widths
     rotated = [
         (protected + start, width)
@@ -74,7 +78,7 @@ def quantize_linear(
     factor_u = factor(rotate(covariance[order][:, order], rotated))
     work = weight[:, order].T.contiguous()  # [columns, rows]: a column is contiguous
     for start, width in rotated:
-        work[start : start + width] = rotation(width).T @ work[start : start + width]
+        work[start : start + width] = rotation(width).T.to(device) @ work[start : start + width]
 
     ids = {name: index for index, name in enumerate(actions())}
     tensors: dict[str, Tensor] = {"actions": torch.tensor([ids[name] for name in layout.names], dtype=torch.uint8)}
@@ -83,33 +87,33 @@ def quantize_linear(
         tensors["protected"], tensors["protected_scales"], decoded[:protected] = _protect(work, protected, factor_u)
     energy = covariance.diagonal()[order]
     fits = [
-        entry.fit(work[protected + start : protected + start + width].T, energy[protected + start :][:width]).scale
+        kernels.fit(entry, work[protected + start :][:width], energy[protected + start :][:width]).scale
         for start, width, entry in zip(starts, widths, layout.actions, strict=True)
         if entry.has_scale
     ]
-    coder = ScaleCoder.fit(torch.stack(fits or [torch.ones(layout.linear.rows)], 1))
+    coder = ScaleCoder.fit(torch.stack(fits or [torch.ones(layout.linear.rows, device=device)], 1))
     codes: list[Tensor] = []
     scales: list[Tensor] = []
     offsets: list[Tensor] = []
-    chunk_scales = torch.zeros(len(widths), dtype=torch.float16)
+    chunk_scales = torch.zeros(len(widths), dtype=torch.float16, device=device)
     for chunk, (start, width, entry) in enumerate(zip(starts, widths, layout.actions, strict=True)):
         first, last = protected + start, protected + start + width
-        fit = entry.fit(work[first:last].T, energy[first:last])
+        fit = kernels.fit(entry, work[first:last], energy[first:last])
         scale, offset = fit.scale, fit.offset
         if entry.has_scale:
             scale_codes, chunk_scales[chunk] = coder.encode(scale)
             scale = coder.decode(scale_codes, chunk_scales[chunk])
-            scales.append(pack(scale_codes[None], (SCALE_BITS, SCALE_BITS)))
+            scales.append(kernels.pack(scale_codes[None], (SCALE_BITS, SCALE_BITS)))
         if offset is not None:
             levels = round(2**entry.bits)
             packed = encode_offset(offset, levels)
             offset = decode_offset(packed, levels)
             offsets.append(packed[None])
         block = factor_u[first:last, first:last].contiguous()
-        coded = entry.encode(work[first:last].clone(), Fit(scale, offset), importance, block)
+        coded = kernels.encode(entry, work[first:last], Fit(scale, offset), importance, block)
         work[last:] -= factor_u[first:last, last:].T @ coded.errors
-        decoded[first:last] = rotation(width) @ coded.decoded if entry.rotated else coded.decoded
-        codes.append(pack(coded.codes, entry.pattern))
+        decoded[first:last] = rotation(width).to(device) @ coded.decoded if entry.rotated else coded.decoded
+        codes.append(kernels.pack(coded.codes, entry.pattern))
 
     ordered = layout.storage_order
     with_scale = [chunk for chunk, entry in enumerate(layout.actions) if entry.has_scale]
@@ -127,17 +131,17 @@ def quantize_linear(
     tensors["row_scales"] = coder.rows
     tensors["chunk_scales"] = chunk_scales
     if layout.owner:
-        tensors["order"] = pack_order(order, widths, protected)
+        tensors["order"] = pack_order(stored_order, widths, protected)
     result = torch.empty_like(weight)
     result[:, order] = decoded.T
-    return tensors, result
+    return {name: tensor.cpu() for name, tensor in tensors.items()}, result
 
 
 def _protect(work: Tensor, count: int, factor_u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """INT8 codes [count, rows], FP16 scales [count] and decoded weights of the first columns; corrects the rest."""
-    codes = torch.empty(count, work.shape[1], dtype=torch.int8)
-    scales = torch.empty(count, dtype=torch.float16)
-    decoded = torch.empty(count, work.shape[1])
+    codes = work.new_empty(count, work.shape[1], dtype=torch.int8)
+    scales = work.new_empty(count, dtype=torch.float16)
+    decoded = work.new_empty(count, work.shape[1])
     for i in range(count):
         scales[i] = (work[i].abs().max() / 127).clamp_min(2.0**-24)
         codes[i] = (work[i] / scales[i].float()).round().clamp(-127, 127).to(torch.int8)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from windquant.errors import WindquantError
 from windquant.quantizers import Treatment, action, actions
-from windquant.quantizers.rotation import rotation
+from windquant.quantizers.rotation import unrotate
 from windquant.storage import pack, stream_bytes, unpack
 from windquant.units import Linear, chunk_widths, protected_count
 
@@ -36,6 +36,20 @@ class Format:
     protected: float  # fraction of columns
     window: int  # of the trellis
     dtype: torch.dtype  # original precision: of skipped units
+
+
+@dataclass(frozen=True)
+class Run:
+    """Chunks with one action and width, side by side in storage."""
+
+    entry: Treatment
+    width: int  # columns of each chunk
+    chunks: list[int]  # by their place in column order
+    columns: list[int]  # first one of each chunk in column order, the protected ones counted
+    place: int  # first byte in `codes`
+    stride: int  # bytes of a column of codes
+    scale: int  # first row in `scales`
+    offset: int  # first row in `offsets`
 
 
 @dataclass(frozen=True)
@@ -74,17 +88,34 @@ class Layout:
         ranks = {name: rank for rank, name in enumerate(actions())}
         return sorted(range(len(self.names)), key=lambda chunk: ranks[self.names[chunk]])
 
+    @cached_property
+    def runs(self) -> list[Run]:
+        """What lies where in `codes`, `scales` and `offsets`, in storage order."""
+        result = []
+        place = scale = offset = 0
+        for (_, width), run in groupby(self.storage_order, lambda chunk: (self.names[chunk], self.widths[chunk])):
+            chunks = list(run)
+            entry = self.actions[chunks[0]]
+            stride = code_bytes(entry, self.linear.rows, 1)
+            columns = [self.protected + self.starts[chunk] for chunk in chunks]
+            result.append(Run(entry, width, chunks, columns, place, stride, scale, offset))
+            place += len(chunks) * width * stride
+            scale += len(chunks) * entry.has_scale
+            offset += len(chunks) * entry.has_offset
+        return result
+
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor."""
+        return self._shapes
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, chunks = self.linear.rows, len(self.widths)
         with_scale = sum(entry.has_scale for entry in self.actions)
         with_offset = sum(entry.has_offset for entry in self.actions)
         result: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "actions": ((chunks,), torch.uint8),
-            "codes": (
-                (sum(code_bytes(entry, rows, width) for entry, width in zip(self.actions, self.widths, strict=True)),),
-                torch.uint8,
-            ),
+            "codes": ((sum(len(run.chunks) * run.width * run.stride for run in self.runs),), torch.uint8),
             "scales": ((with_scale, stream_bytes(rows, (SCALE_BITS, SCALE_BITS))), torch.uint8),
             "scale_grid": ((2,), torch.float16),
             "row_scales": ((rows,), torch.uint8),
@@ -184,7 +215,7 @@ class ScaleCoder:
         rest = logs - base.float() - rows.float()[:, None] * ROW_STEP
         rest = rest - rest.mean(0)
         errors = [(_snap(rest, step) - rest).square().mean() for step in STEPS]
-        return cls(base, torch.tensor(STEPS[int(torch.stack(errors).argmin())]), rows)
+        return cls(base, base.new_tensor(STEPS[int(torch.stack(errors).argmin())], dtype=torch.float32), rows)
 
     @property
     def row_logs(self) -> Tensor:
@@ -224,53 +255,67 @@ def decode_offset(packed: Tensor, levels: int) -> Tensor:
 def dequantize(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor) -> Tensor:
     """The weight [rows, columns], float32, natural column order, that the stored tensors stand for.
 
-    order: the unpacked column order of the linear's group, int64 [columns]. The result is where the tensors are.
+    order: the unpacked column order of the linear's group, int64 [columns]. The result is where the tensors are. This
+    is the reference of `kernels`, which decode faster.
     """
     protected = layout.protected
     parts, columns = [], [order[:protected]]
     if protected:
-        parts.append((tensors["protected"].float() * tensors["protected_scales"].float()[:, None]).T)
-    for chunks, values in segments(layout, tensors):
-        width = values.shape[2]
-        if layout.actions[chunks[0]].rotated:
-            values = values @ rotation(width).to(values.device).T
-        parts.append(values.flatten(1))
-        starts = [protected + layout.starts[chunk] for chunk in chunks]
-        columns += [order[start : start + width] for start in starts]
+        parts.append(decode_protected(tensors).T)
+    for run, values in segments(layout, tensors):
+        parts.append((unrotate(values) if run.entry.rotated else values).flatten(1))
+        columns += [order[column : column + run.width] for column in run.columns]
     return torch.cat(parts, 1).index_select(1, torch.argsort(torch.cat(columns)))
 
 
-def segments(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[int], Tensor]]:
-    """Runs of n chunks with one action and width, and their weights [rows, n, width], not yet rotated back.
+def decode_protected(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Protected columns, float32 [protected, rows]."""
+    return tensors["protected"].float() * tensors["protected_scales"].float()[:, None]
+
+
+def decode_scales(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Scales of all chunks that have one, float32 [chunks with a scale, rows], in storage order."""
+    coder = ScaleCoder(tensors["scale_grid"][0], tensors["scale_grid"][1], tensors["row_scales"])
+    codes = unpack(tensors["scales"], layout.linear.rows, (SCALE_BITS, SCALE_BITS))
+    chunks = [chunk for run in layout.runs if run.entry.has_scale for chunk in run.chunks]
+    return coder.decode(codes, tensors["chunk_scales"][chunks][:, None])
+
+
+def decode_offsets(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Offsets of all chunks that have one, float32 [chunks with an offset, rows], in storage order."""
+    runs = [run for run in layout.runs if run.entry.has_offset]
+    if not runs:
+        return torch.empty(0, layout.linear.rows)
+    parts = tensors["offsets"].split([len(run.chunks) for run in runs])
+    return torch.cat([decode_offset(part, round(2**run.entry.bits)) for run, part in zip(runs, parts, strict=True)])
+
+
+def segments(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Run, Tensor]]:
+    """The runs of n chunks with one action and width, and their weights [rows, n, width], not yet rotated back.
 
     In storage order, float32, where the tensors are.
     """
-    rows = layout.linear.rows
-    coder = ScaleCoder(tensors["scale_grid"][0], tensors["scale_grid"][1], tensors["row_scales"])
-    place = scales = offsets = 0
-    for (_, width), run in groupby(layout.storage_order, lambda chunk: (layout.names[chunk], layout.widths[chunk])):
-        chunks = list(run)
-        count = len(chunks)
-        entry = layout.actions[chunks[0]]
-        size = code_bytes(entry, rows, width) * count
-        values = entry.unscaled(tensors["codes"][place : place + size].view(count * width, -1), rows)
-        values = values.view(rows, count, width)
-        place += size
-        if entry.has_offset:
-            offset = decode_offset(tensors["offsets"][offsets : offsets + count], round(2**entry.bits))
-            values += offset.T[:, :, None]
-            offsets += count
-        if entry.has_scale:
-            codes = unpack(tensors["scales"][scales : scales + count], rows, (SCALE_BITS, SCALE_BITS))
-            values *= coder.decode(codes, tensors["chunk_scales"][chunks][:, None]).T[:, :, None]
-            scales += count
-        yield chunks, values
+    scales, offsets = decode_scales(layout, tensors), decode_offsets(layout, tensors)
+    for run in layout.runs:
+        yield run, decode_run(run, tensors["codes"], layout.linear.rows, scales, offsets)
+
+
+def decode_run(run: Run, codes: Tensor, rows: int, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Weights [rows, chunks, width] of a run, of the linear's stored codes and of its decoded scales and offsets."""
+    count = len(run.chunks)
+    own = codes[run.place : run.place + count * run.width * run.stride]
+    values = run.entry.unscaled(own.view(-1, run.stride), rows).view(rows, count, run.width)
+    if run.entry.has_offset:
+        values += offsets[run.offset : run.offset + count].T[:, :, None]
+    if run.entry.has_scale:
+        values *= scales[run.scale : run.scale + count].T[:, :, None]
+    return values
 
 
 def decode_chunks(layout: Layout, tensors: Mapping[str, Tensor]) -> list[tuple[int, Tensor]]:
     """Chunk index and decoded columns [width, rows], not yet rotated back, in storage order."""
     return [
         (chunk, values[:, index].T)
-        for chunks, values in segments(layout, tensors)
-        for index, chunk in enumerate(chunks)
+        for run, values in segments(layout, tensors)
+        for index, chunk in enumerate(run.chunks)
     ]

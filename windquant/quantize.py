@@ -124,9 +124,9 @@ def quantized_linears(
                 continue
             weight = model.get_parameter(f"{linear.name}.weight")
             tensors, decoded = quantize_linear(
-                weight.float().cpu(),
+                weight.float(),
                 orders[linear.group],
-                matrices[linear.group].cpu(),
+                matrices[linear.group],
                 layouts[linear.name],
                 statistics.fisher[linear.name],
             )

@@ -46,6 +46,8 @@ def unpack(packed: Tensor, rows: int, pattern: Pattern) -> Tensor:
     """The inverse of `pack`: bytes uint8 [columns, bytes] -> codes uint8 [columns, rows]."""
     if pattern == (8, 8):
         return packed.clone()
+    if pattern == (4, 4):  # all scales: two to a byte
+        return torch.stack([packed & 15, packed >> 4], -1).flatten(1)[:, :rows]
     return unpack_rows(packed, rows, pattern).T.contiguous()
 
 
@@ -57,14 +59,14 @@ def unpack_rows(packed: Tensor, rows: int, pattern: Pattern) -> Tensor:
         columns, count = packed.shape
         index = packed.T.reshape(-1).int()
         result = torch.empty(count, 5, columns, dtype=torch.uint8, device=packed.device)
-        for place, digits in enumerate(_ternary_digits().to(packed.device)):
+        for place, digits in enumerate(ternary_digits().to(packed.device)):
             result[:, place] = digits.index_select(0, index).view(count, columns)
         return result.view(count * 5, columns)[:rows]
     return windows(packed, rows, pattern, pattern).to(torch.uint8)
 
 
 @lru_cache(maxsize=1)
-def _ternary_digits() -> Tensor:
+def ternary_digits() -> Tensor:
     """uint8 [5, 256]: the five digits of every byte."""
     return (
         torch.arange(256)[None].div(torch.tensor([1, 3, 9, 27, 81])[:, None], rounding_mode="floor").remainder(3).byte()

@@ -1,5 +1,7 @@
 """The fused product: against float64, for every action, any shape, several linears at once, poisoned outputs."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,8 +51,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is allocated without a value holds NaN: a place that no kernel writes is seen."""
     empty = torch.empty
 
-    def poison(*arguments: object, **options: object) -> Tensor:
-        result: Tensor = empty(*arguments, **options)  # type: ignore[call-overload]  # passed on
+    def poison(*arguments: Any, **options: Any) -> Tensor:
+        result: Tensor = empty(*arguments, **options)
         return result.fill_(torch.nan) if result.is_floating_point() else result
 
     monkeypatch.setattr(torch, "empty", poison)

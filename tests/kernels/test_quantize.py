@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.random_weights import layout_of
+from windquant import kernels
+from windquant.feedback import column_order, quantize_linear
 from windquant.kernels import chunks
+from windquant.packed import Format, dequantize
 from windquant.quantizers import Treatment, actions
 from windquant.quantizers.scalar import Scalar
 from windquant.quantizers.trellis import Trellis
@@ -71,3 +75,34 @@ def loss(entry: Treatment, columns: Tensor, energy: Tensor, fit: object) -> Tens
     none = torch.zeros(len(columns), len(columns)) + torch.eye(len(columns))
     coded = entry.encode(columns.clone(), moved, torch.ones(columns.shape[1]), none)
     return ((columns - coded.decoded).square() * energy[:, None]).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "chunk", "protected"),
+    [(37, 13 * 5 + 3, 5, 0.1), (16, 13, 1, 0.0), (1, 70, 6, 0.03)],
+    ids=["odd", "columns of one", "one row"],
+)
+def test_a_linear_is_stored_as_the_reference_stores_it(
+    rows: int, columns: int, chunk: int, protected: float, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """The quantize step's own function, with every action, dead inputs and a dead row, by kernels and without."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, columns, generator=generator)
+    inputs = torch.randn(3 * columns, columns, generator=generator) * torch.rand(columns, generator=generator)
+    inputs[:, ::7] = 0
+    weight[: rows // 9] = 0
+    covariance = inputs.T @ inputs / len(inputs)
+    layout = layout_of(rows, columns, Format(chunk, protected, 8, torch.float16), list(actions()))
+    order = column_order(covariance.diagonal(), "saliency", chunk, layout.protected)
+    importance = torch.rand(rows, generator=generator) + 0.1
+    expected, decoded = quantize_linear(weight, order, covariance, layout, importance)
+    monkeypatch.setattr(kernels, "quantize_on", lambda device: True)
+    found, weights = quantize_linear(weight.to(device), order, covariance, layout, importance)
+    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in found.items()} == layout.shapes()
+    assert torch.allclose(dequantize(layout, found, order), weights.cpu(), rtol=1e-4, atol=1e-5)
+    if device.type == "cpu":  # a GPU factors the covariance in another order of sums, and rounds otherwise
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), key
+        assert torch.equal(weights, decoded)
+    else:
+        assert (weights.cpu() - weight).norm() < 1.05 * (decoded - weight).norm()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from windquant.checkpoint import card, description
-from windquant.checkpoint.header import Entry, entries, weight_files
+from windquant.checkpoint.header import Entry, entries, tensors, weight_files
 from windquant.errors import WindquantError
 from windquant.packed import Layout, unpack_order
 from windquant.plan import Plan
@@ -222,7 +222,6 @@ def check(layouts: Mapping[str, Layout], files: list[Path]) -> dict[str, Entry]:
     for file in files:
         found |= entries(file)
     where = files[0] if len(files) == 1 else files[0].parent
-    ids = {name: index for index, name in enumerate(actions())}
     for name, layout in layouts.items():
         for key, (shape, dtype) in layout.shapes().items():
             entry = found.get(f"{name}.{key}")
@@ -233,18 +232,24 @@ def check(layouts: Mapping[str, Layout], files: list[Path]) -> dict[str, Entry]:
                     f"{entry.file}: {name}.{key} is {entry}, but config.json asks for "
                     f"{description.dtype_name(dtype)} {list(shape)}; {AGAIN}"
                 )
-        table = found[f"{name}.actions"].raw()
-        if table != bytes(ids[action] for action in layout.names):
-            raise WindquantError(
-                f"{found[f'{name}.actions'].file}: the actions of {name} are not those of config.json; {AGAIN}"
-            )
-        if layout.owner:
-            order = found[f"{name}.order"]
-            try:
-                unpacked_order(layout, torch.frombuffer(bytearray(order.raw()), dtype=torch.uint8))
-            except WindquantError as error:
-                raise WindquantError(f"{order.file}: {name}.order: {error}") from error
+    _check_contents(layouts, found)
     return found
+
+
+def _check_contents(layouts: Mapping[str, Layout], found: Mapping[str, Entry]) -> None:
+    """Compare the action tables with the layouts, and unpack the column orders."""
+    ids = {name: index for index, name in enumerate(actions())}
+    tables = [found[f"{name}.actions"] for name in layouts]
+    for (name, layout), entry, table in zip(layouts.items(), tables, tensors(tables), strict=True):
+        if bytes(table.numpy()) != bytes(ids[action] for action in layout.names):
+            raise WindquantError(f"{entry.file}: the actions of {name} are not those of config.json; {AGAIN}")
+    owners = {name: layout for name, layout in layouts.items() if layout.owner}
+    orders = [found[f"{name}.order"] for name in owners]
+    for (name, layout), entry, order in zip(owners.items(), orders, tensors(orders), strict=True):
+        try:
+            unpacked_order(layout, order)
+        except WindquantError as error:
+            raise WindquantError(f"{entry.file}: {name}.order: {error}") from error
 
 
 def check_plan(layouts: Mapping[str, Layout], plan: Plan, path: Path) -> None:

@@ -5,10 +5,15 @@ not computed from shapes.
 """
 
 import json
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from windquant.errors import WindquantError
 
@@ -31,11 +36,21 @@ class Entry:
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
-    def raw(self) -> bytes:
-        """The tensor's bytes."""
-        with self.file.open("rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
+
+def tensors(wanted: Iterable[Entry]) -> list[Tensor]:
+    """The tensors of these entries, on the CPU; every file is opened once."""
+    result = []
+    with ExitStack() as stack:
+        opened: dict[Path, BinaryIO] = {}
+        for entry in wanted:
+            if entry.file not in opened:
+                opened[entry.file] = stack.enter_context(entry.file.open("rb"))
+            opened[entry.file].seek(entry.start)
+            data = np.frombuffer(bytearray(opened[entry.file].read(entry.size)), np.uint8)
+            if entry.dtype is None or len(data) != entry.size:
+                raise WindquantError(f"{entry.file}: truncated while it was read, or of a type that no checkpoint has")
+            result.append(torch.from_numpy(data).view(entry.dtype).view(entry.shape))
+    return result
 
 
 def entries(file: Path) -> dict[str, Entry]:

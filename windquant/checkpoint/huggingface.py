@@ -2,12 +2,13 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=WindquantConfig(low_memory=True))
 
-Loading swaps the linears of config.json for `PackedLinear` on the meta device, lets transformers fill their buffers,
-and decodes the weights. All checks happen before a tensor is read.
+Loading swaps the linears of config.json for `PackedLinear`, reads their small tensors, lets transformers load the codes
+to the device that it chooses, and decodes the weights, all processors at once. All checks come first.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,13 @@ from windquant.checkpoint import description
 from windquant.checkpoint.description import METHOD
 from windquant.checkpoint.files import check, check_plan, stored, unpacked_order
 from windquant.checkpoint.fused import Fused
+from windquant.checkpoint.header import tensors
 from windquant.checkpoint.linear import PackedLinear
 from windquant.errors import WindquantError
 from windquant.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = tuple(description.DTYPES.values())  # that a packed model is loaded in
 
@@ -59,16 +64,19 @@ class WindquantQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> "PreTrainedModel":
         files = [Path(file) for file in checkpoint_files or ()]
         folder = files[0].parent if files else None
         layouts = description.layouts(
             self.quantization_config.description, folder / "config.json" if folder else METHOD
         )
+        read: dict[str, Tensor] = {}
         if folder is not None:
             with torch.device("cpu"):  # transformers builds the model under torch.device("meta")
-                check(layouts, files)
+                entries = check(layouts, files)
+                small = [f"{name}.{key}" for name in layouts for key in layouts[name].shapes() if key != "codes"]
+                read = dict(zip(small, tensors(entries[name] for name in small), strict=True))
             if (folder / "plan.json").is_file():  # save_pretrained and the Hub may leave it out
                 check_plan(layouts, Plan.load(folder / "plan.json"), folder / "plan.json")
         for name, layout in layouts.items():
@@ -85,8 +93,14 @@ class WindquantQuantizer(HfQuantizer):
                     f"{folder or METHOD}: dtype {linear.weight.dtype} is not supported; load it in "
                     "float16, bfloat16 or float32"
                 )
-            packed = PackedLinear(layout, linear.bias is not None, linear.weight.dtype, linear.weight.device)
-            setattr(parent, layout.linear.kind, packed)
+            given = {key: read[f"{name}.{key}"] for key in layout.shapes() if f"{name}.{key}" in read}
+            biased, weight = linear.bias is not None, linear.weight
+            setattr(parent, layout.linear.kind, PackedLinear(layout, biased, weight.dtype, weight.device, given))
+        taken = "|".join(sorted({key for layout in layouts.values() for key in layout.shapes()}))
+        model._keys_to_ignore_on_load_unexpected = {
+            rf"\.({taken})$",
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+        }
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -108,8 +122,10 @@ class WindquantQuantizer(HfQuantizer):
         groups = {name: Fused(layouts) for name in orders}
         for module in packed.values():
             group = module.layout.linear.group
-            order = orders[group].to(module.get_buffer("codes").device)
-            module.connect(order, groups[group], self.quantization_config.low_memory)
+            module.connect(orders[group], groups[group], self.quantization_config.low_memory)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for _ in pool.map(lambda module: module.settle(threads=1), packed.values()):
+                pass
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,6 +1,7 @@
 """A packed linear layer: stored tensors as they lie on disk, and the product with what they stand for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch.nn import functional
 
 from windquant import kernels
 from windquant.checkpoint.fused import Fused
-from windquant.packed import Layout, dequantize
+from windquant.packed import Layout
 
 
 class PackedLinear(nn.Module):
@@ -21,13 +22,22 @@ class PackedLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, layout: Layout, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """dtype: of bias and decoded weight. tensors: stored ones that are there already; the others are allocated."""
         super().__init__()
         self.layout = layout
         self.in_features, self.out_features = layout.linear.columns, layout.linear.rows
         self.dtype = dtype  # of the decoded weight
         for name, (shape, stored) in layout.shapes().items():
-            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+            given = (tensors or {}).get(name)
+            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device) if given is None else given)
         rows = torch.empty(self.out_features, dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(rows, requires_grad=False) if bias else None)
         self.register_buffer("column_order", None, persistent=False)  # int64 [columns], shared by the group
@@ -40,13 +50,30 @@ class PackedLinear(nn.Module):
         """The stored tensors by name."""
         return {name: self.get_buffer(name) for name in self.layout.shapes()}
 
-    def connect(self, order: Tensor, fused: "Fused", low_memory: bool) -> None:
-        """Take the column order, int64 [columns], and what is shared by all linears of the group; then be ready."""
-        self.column_order, self.fused, self.low_memory = order, fused, low_memory
-        fused.add(self)
-        self._settle()
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """While the codes are still to come, what is there already is left out: transformers would load it again.
 
-    def _settle(self) -> None:
+        It spends a fifth of a millisecond on every name, and most of a linear's tensors are small.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.get_buffer("codes").is_meta:
+            for name, tensor in self.tensors.items():
+                if not tensor.is_meta:
+                    del destination[prefix + name]
+
+    def connect(self, order: Tensor, fused: "Fused", low_memory: bool) -> None:
+        """Take the column order, int64 [columns], and what is shared by all linears of the group.
+
+        Tensors that are not where the codes are go there.
+        """
+        device = self.get_buffer("codes").device
+        for name, tensor in self.tensors.items():
+            if tensor.device != device:
+                setattr(self, name, tensor.to(device))
+        self.column_order, self.fused, self.low_memory = order.to(device), fused, low_memory
+        fused.add(self)
+
+    def settle(self, threads: int | None = None) -> None:
         """Hold a decoded weight if, and only if, it is needed where the tensors are now."""
         if self.fused is None or self.get_buffer("codes").is_meta:
             return
@@ -55,10 +82,11 @@ class PackedLinear(nn.Module):
         if self.low_memory or kernels.serve(device, self.dtype):
             self.dense = None
         elif self.dense is None:
-            self.dense = self._decode()
+            self.dense = self._decode(threads)
 
-    def _decode(self) -> Tensor:
-        return dequantize(self.layout, self.tensors, self.get_buffer("column_order")).to(self.dtype)
+    def _decode(self, threads: int | None = None) -> Tensor:
+        order = self.get_buffer("column_order")
+        return kernels.decode(self.layout, self.tensors, order, self.dtype, threads)
 
     @property
     def weight(self) -> Tensor:
@@ -83,7 +111,7 @@ class PackedLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["actions"].device)).dtype
         if self.fused is not None:
             self.fused.forget()
-        self._settle()
+        self.settle()
         return self
 
     def extra_repr(self) -> str:

@@ -6,23 +6,8 @@ Columns stay in column order, so that rows are written in one piece; the caller 
 import triton
 import triton.language as tl
 
-from windquant.kernels.decoding import (
-    ACTIONS,
-    GROUP,
-    PROTECTED,
-    SKIP,
-    chunk_offset,
-    chunk_scale,
-    factors,
-    has_offset,
-    has_one,
-    is_trellis,
-    levels,
-    middle,
-    restart_mask,
-    row_logs,
-    stride_of,
-)
+from windquant.kernels import decoding
+from windquant.kernels.decoding import GROUP
 from windquant.kernels.product import (
     CHUNK,
     CHUNK_SCALES,
@@ -65,33 +50,33 @@ def decode(
     place = tl.arange(0, SIDE)
     inside = place < width
     grid = address(linear, GRID, tl.float16)
-    logs = row_logs(address(linear, ROW_SCALES, tl.uint8), grid, group, rows, ALIGN)
+    logs = decoding.row_logs(address(linear, ROW_SCALES, tl.uint8), grid, group, rows, ALIGN)
     chosen = tl.load(actions + unit)
     values = tl.zeros((GROUP * GROUPS, SIDE), tl.float32)
-    for action in tl.static_range(ACTIONS):
-        if (PRESENT >> action) & 1:  # noqa: SIM102 (the compiler decides this one, the kernel the next)
+    for action in tl.static_range(decoding.ACTIONS):
+        if (PRESENT >> action) & 1:  # the compiler decides this one, the kernel the next
             if chosen == action:
-                stride = stride_of(rows, action)
+                stride = decoding.stride_of(rows, action)
                 restart = tl.zeros((GROUP, GROUPS), tl.int32)
-                if is_trellis(action):
-                    restart = restart_mask(row, tl.load(linear + TILE).to(tl.int32), action, WINDOW)
-                base = address(linear, SHIELDED if action == PROTECTED else CODES, tl.uint8) + start
+                if decoding.is_trellis(action):
+                    restart = decoding.restart_mask(row, tl.load(linear + TILE).to(tl.int32), action, WINDOW)
+                base = address(linear, SHIELDED if action == decoding.PROTECTED else CODES, tl.uint8) + start
                 base += place.to(tl.int64) * stride
-                found = levels(base, inside, group, stride, restart, table, one, action, ALIGN, WINDOW, STORED)
-                if has_one(action):
-                    found = (found - 1) * factors(slot, action)[:, None, None] - middle(action)
-                if has_offset(action):
+                found = decoding.levels(base, inside, group, stride, restart, table, one, action, ALIGN, WINDOW, STORED)
+                if decoding.has_one(action):
+                    found = (found - 1) * decoding.factors(slot, action)[:, None, None] - decoding.middle(action)
+                if decoding.has_offset(action):
                     offsets = address(linear, OFFSETS, tl.uint8) + tl.load(entry + OFFSET) * rows
-                    found += chunk_offset(offsets, group, rows, action, ALIGN)[:, None, :]
-                if action == PROTECTED:
+                    found += decoding.chunk_offset(offsets, group, rows, action, ALIGN)[:, None, :]
+                if action == decoding.PROTECTED:
                     shares = address(linear, SHIELDED_SCALES, tl.float16) + tl.load(entry + COLUMN) + place
                     found *= tl.load(shares, mask=inside, other=0).to(tl.float32)[None, :, None]
-                elif action < SKIP:
+                elif action < decoding.SKIP:
                     share = tl.load(address(linear, CHUNK_SCALES, tl.float16) + tl.load(entry + CHUNK)).to(tl.float32)
                     packed = address(linear, SCALES, tl.uint8) + tl.load(entry + SCALE) * ((rows + 1) // 2)
-                    found *= chunk_scale(packed, share, grid, logs, group, rows, ALIGN)[:, None, :]
+                    found *= decoding.chunk_scale(packed, share, grid, logs, group, rows, ALIGN)[:, None, :]
                 values = tl.reshape(tl.permute(found, (0, 2, 1)), (GROUP * GROUPS, SIDE))
-                if is_trellis(action):
+                if decoding.is_trellis(action):
                     short = (width < SIZE).to(tl.int32)
                     # W = W' R^T: column j of R^T is row j of R
                     square = rotations + short * SIDE * SIDE + place[None, :] * SIDE + place[:, None]

@@ -15,7 +15,7 @@ from windquant.kernels import decoding, dequantize, product
 from windquant.packed import Layout, code_bytes
 from windquant.quantizers import actions
 from windquant.quantizers.rotation import rotation
-from windquant.quantizers.trellis import Trellis, table, tile_rows
+from windquant.quantizers.trellis import TILE, table, tile_rows
 from windquant.storage import TERNARY, stream_bytes
 
 IDS = {name: number for number, name in enumerate(actions())}
@@ -23,7 +23,6 @@ PROTECTED: int = decoding.PROTECTED.value
 ONE: int = decoding.MANTISSA_ONE.value
 GROUP: int = decoding.GROUP.value
 BATCH: int = product.BATCH.value  # most activations of one launch
-TILE = next(entry.tile for entry in actions().values() if isinstance(entry, Trellis))
 WARPS = 16  # of a multiprocessor, in one wave: as many as 128 registers a thread allow
 REDUCED, DEPTH = 32, 64  # rows of a program of `reduce`, and splits at a time
 SMALLEST = 16  # columns of a part of a chunk

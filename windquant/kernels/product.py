@@ -13,23 +13,8 @@ activations go through the tensor cores, a chunk at a time, with weights rounded
 import triton
 import triton.language as tl
 
-from windquant.kernels.decoding import (
-    ACTIONS,
-    GROUP,
-    PROTECTED,
-    SKIP,
-    chunk_offset,
-    chunk_scale,
-    factors,
-    has_offset,
-    has_one,
-    is_trellis,
-    levels,
-    middle,
-    restart_mask,
-    row_logs,
-    stride_of,
-)
+from windquant.kernels import decoding
+from windquant.kernels.decoding import GROUP
 
 BATCH = tl.constexpr(16)  # most activations of one launch
 #: Columns of the int64 tables that describe a launch (launches.py fills them), and how many there are.
@@ -91,14 +76,14 @@ def _add_chunks(
     """`sums` plus the product with some chunks of one action: [16, groups] where VECTOR, else [16 groups, PADDED]."""
     slot = tl.arange(0, GROUP)
     rows = tl.load(linear + ROWS).to(tl.int32)
-    codes = address(linear, SHIELDED if ACTION == PROTECTED else CODES, tl.uint8)
-    stride = stride_of(rows, ACTION)
+    codes = address(linear, SHIELDED if ACTION == decoding.PROTECTED else CODES, tl.uint8)
+    stride = decoding.stride_of(rows, ACTION)
     restart = tl.zeros((GROUP, GROUPS), tl.int32)
-    if is_trellis(ACTION):
+    if decoding.is_trellis(ACTION):
         tile = tl.load(linear + TILE).to(tl.int32)
-        restart = restart_mask(group[None, :] * GROUP + slot[:, None], tile, ACTION, WINDOW)
+        restart = decoding.restart_mask(group[None, :] * GROUP + slot[:, None], tile, ACTION, WINDOW)
     place = tl.arange(0, STEP)
-    factor = factors(slot, ACTION)
+    factor = decoding.factors(slot, ACTION)
     for unit in range(first_unit, last_unit):
         entry = units + unit * UNIT
         start = tl.load(entry + START)
@@ -113,48 +98,48 @@ def _add_chunks(
         for step in range(0, width, STEP):
             inside = step + place < width
             base = codes + start + (step + place).to(tl.int64) * stride
-            found = levels(base, inside, group, stride, restart, table, one, ACTION, ALIGN, WINDOW, STORED)
+            found = decoding.levels(base, inside, group, stride, restart, table, one, ACTION, ALIGN, WINDOW, STORED)
             at = column + step + place
             if VECTOR:
                 # Two floats apart and the same for all groups: loaded in the layout of the codes, one a register.
-                pointers = prepared + (at * 2 + is_trellis(ACTION))[:, None] + tl.zeros((1, GROUPS), tl.int32)
+                pointers = prepared + (at * 2 + decoding.is_trellis(ACTION))[:, None] + tl.zeros((1, GROUPS), tl.int32)
                 x = tl.load(pointers, mask=inside[:, None], other=0)
-                if ACTION == PROTECTED:
+                if ACTION == decoding.PROTECTED:
                     shares = address(linear, SHIELDED_SCALES, tl.float16) + at
                     x *= tl.load(shares, mask=inside, other=0).to(tl.float32)[:, None]
                 inner += tl.sum(found * x[None], 1)
                 total += tl.sum(x, 0)
             else:
                 kind = prepared.dtype.element_ty
-                number = tl.arange(0, PADDED) + is_trellis(ACTION) * PADDED
+                number = tl.arange(0, PADDED) + decoding.is_trellis(ACTION) * PADDED
                 x = tl.load(prepared + number[None, :] * columns + at[:, None], mask=inside[:, None], other=0)
-                if has_one(ACTION):
+                if decoding.has_one(ACTION):
                     found = (found - 1) * factor[:, None, None]
-                if ACTION == PROTECTED:
+                if ACTION == decoding.PROTECTED:
                     shares = address(linear, SHIELDED_SCALES, tl.float16) + at
                     share = tl.load(shares, mask=inside, other=0).to(tl.float32)
-                    found = (found - middle(ACTION)) * share[None, :, None]
+                    found = (found - decoding.middle(ACTION)) * share[None, :, None]
                 weight = tl.reshape(tl.permute(found.to(kind), (0, 2, 1)), (GROUP * GROUPS, STEP))
                 inner = tl.dot(weight, x, inner)
                 total += tl.sum(x.to(tl.float32), 0)
         if VECTOR:
-            if has_one(ACTION):
+            if decoding.has_one(ACTION):
                 inner = factor[:, None] * (inner - total[None, :])
-            shift = total[None, :] * -middle(ACTION)
+            shift = total[None, :] * -decoding.middle(ACTION)
         else:
-            shift = total[None, :] * (0.0 if ACTION == PROTECTED else -middle(ACTION))
-        if has_offset(ACTION):
+            shift = total[None, :] * (0.0 if ACTION == decoding.PROTECTED else -decoding.middle(ACTION))
+        if decoding.has_offset(ACTION):
             offsets = address(linear, OFFSETS, tl.uint8) + tl.load(entry + OFFSET) * rows
-            offset = chunk_offset(offsets, group, rows, ACTION, ALIGN)
+            offset = decoding.chunk_offset(offsets, group, rows, ACTION, ALIGN)
             if VECTOR:
                 shift += offset * total[None, :]
             else:
                 shift += tl.reshape(offset, (GROUP * GROUPS,))[:, None] * total[None, :]
         inner += shift
-        if ACTION < SKIP:
+        if ACTION < decoding.SKIP:
             share = tl.load(address(linear, CHUNK_SCALES, tl.float16) + tl.load(entry + CHUNK)).to(tl.float32)
             packed = address(linear, SCALES, tl.uint8) + tl.load(entry + SCALE) * ((rows + 1) // 2)
-            scale = chunk_scale(packed, share, address(linear, GRID, tl.float16), logs, group, rows, ALIGN)
+            scale = decoding.chunk_scale(packed, share, address(linear, GRID, tl.float16), logs, group, rows, ALIGN)
             if VECTOR:
                 inner *= scale
             else:
@@ -180,11 +165,13 @@ def product(
     rows = tl.load(linear + ROWS).to(tl.int32)
     group = tl.load(task + FIRST_GROUP).to(tl.int32) + tl.arange(0, GROUPS)
     first, last = tl.load(task + FIRST_UNIT).to(tl.int32), tl.load(task + LAST_UNIT).to(tl.int32)
-    logs = row_logs(address(linear, ROW_SCALES, tl.uint8), address(linear, GRID, tl.float16), group, rows, ALIGN)
+    logs = decoding.row_logs(
+        address(linear, ROW_SCALES, tl.uint8), address(linear, GRID, tl.float16), group, rows, ALIGN
+    )
     sums = tl.zeros((GROUP, GROUPS) if VECTOR else (GROUP * GROUPS, PADDED), tl.float32)
     chosen = tl.load(task + ACTION)
-    for action in tl.static_range(ACTIONS):
-        if (PRESENT >> action) & 1:  # noqa: SIM102 (the compiler decides this one, the kernel the next)
+    for action in tl.static_range(decoding.ACTIONS):
+        if (PRESENT >> action) & 1:  # the compiler decides this one, the kernel the next
             if chosen == action:
                 sums = _add_chunks(
                     sums, first, last, units, linear, prepared, table, one, group, logs, columns,

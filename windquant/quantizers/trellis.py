@@ -35,7 +35,8 @@ DISTORTION = {
 #: Scale of the table in root mean squares, the best on a unit Gaussian: the fewer the bits, the closer to zero the
 #: best reproduction lies (its variance is 1 - distortion).
 SHRINK = {1.0: 0.88, 1.5: 0.97, 2.0: 1.0, 3.0: 1.04, 4.0: 1.05}
-SEED = 0x57494E44  # of the table's shuffle; part of the format
+SEED = 0x57494E44  # of the table's shuffle; part of the format, as is
+TILE = 512  # most rows of one stream
 
 
 @lru_cache(maxsize=8)
@@ -96,7 +97,7 @@ class Trellis:
     bits: float
     pattern: Pattern
     window: int = 10  # L: the search keeps 2^L states
-    tile: int = 512  # most rows of one stream
+    tile: int = TILE
     rotated: bool = True
     has_scale: bool = True
     has_offset: bool = False
