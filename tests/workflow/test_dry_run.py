@@ -41,7 +41,7 @@ def folder(clone: Callable[[], Path]) -> Path:
 
 
 def test_chain_of_a_hub_model_without_network(folder: Path, snakemake: Snakemake) -> None:
-    done = snakemake(folder, "-n", "results/llama2-7b_2.0bits.json")
+    done = snakemake(folder, "-np", "results/llama2-7b_2.0bits.json")
     assert done.returncode == 0, done.stdout
     assert planned(done.stdout) == CHAIN
     assert "--id=meta-llama/Llama-2-7b-hf" in done.stdout
@@ -69,7 +69,7 @@ def test_comparison_shares_the_steps_of_the_model(folder: Path, snakemake: Snake
 
 
 def test_all_budgets_share_one_search(folder: Path, snakemake: Snakemake) -> None:
-    done = snakemake(folder, "-n", "results/smollm2-135m.pareto.csv", "results/smollm2-135m.pareto.svg")
+    done = snakemake(folder, "-np", "results/smollm2-135m.pareto.csv", "results/smollm2-135m.pareto.svg")
     jobs = planned(done.stdout)
     assert jobs["search"] == jobs["bank"] == jobs["pareto"] == jobs["pareto_picture"] == 1
     assert jobs["allocation"] == jobs["result"] == 6
@@ -89,7 +89,7 @@ def test_all_budgets_share_one_search(folder: Path, snakemake: Snakemake) -> Non
 def test_an_ablation_repeats_what_its_changes_need(
     folder: Path, snakemake: Snakemake, model: str, ablation: str, banks: int, searches: int, results: int
 ) -> None:
-    done = snakemake(folder, "-n", f"results/{model}_2.0bits.ablation.{ablation}.csv")
+    done = snakemake(folder, "-np", f"results/{model}_2.0bits.ablation.{ablation}.csv")
     assert done.returncode == 0, done.stdout
     jobs = planned(done.stdout)
     assert (jobs["bank"], jobs["search"], jobs["result"], jobs["ablation"]) == (banks, searches, results, 1)

@@ -218,7 +218,7 @@ def _quiet() -> Iterator[None]:
     bar = tqdm.__init__
 
     def hidden(self: tqdm, *args: Any, **options: Any) -> None:  # lm-eval has no switch
-        bar(self, *args, **{**options, "disable": True})
+        bar(self, *args, **({**options, "disable": True} if "file" not in options else options))  # ours has a file
 
     if not sys.stderr.isatty():
         tqdm.__init__ = hidden

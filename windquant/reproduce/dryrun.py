@@ -33,7 +33,7 @@ class Plan:
 
 def plan(root: Path, targets: Sequence[str]) -> Plan:
     """Raises WindquantError with Snakemake's own reason if there is no way to make the targets."""
-    options = ["--dry-run", "--nolock", "--cores", "1", "--quiet", "host"]
+    options = ["--dry-run", "--printshellcmds", "--nolock", "--cores", "1", "--quiet", "host"]
     command = [sys.executable, "-m", "snakemake", *options, "--", *targets]
     done = subprocess.run(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
