@@ -31,8 +31,8 @@ def search(
 ) -> Sequence[Trial]:
     """All measured plans, the Lagrangian one first; the best of them is the plan.
 
-    `measure(choice [U])` is called at most `settings.evaluations` times, but once at least. Raises WindquantError if the target cannot be
-    met. Same seed, same plans.
+    `measure(choice [U])` is called at most `settings.evaluations` times, but at least once. Raises WindquantError if
+    the target cannot be met. Same seed, same plans.
     """
     budget, errors, least = limit(bank, target_bits), prices(bank), cheapest(bank)
     model = LossModel(bank)
