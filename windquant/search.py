@@ -25,9 +25,6 @@ def run(task: Task, settings: Settings) -> None:
     from windquant.measure import LossMeter
 
     bank = Bank.load(task.inputs["bank"])
-    model, texts, statistics = (task.inputs[name] for name in ("model", "calibration", "statistics"))
-    meter = LossMeter(model, texts, statistics, bank, tokens=settings.reward_tokens)
-    by_layer = settings.per == "layer"
     start = Learned.load(task.inputs["start"]) if "start" in task.inputs else None
     if start:
         start.check(bank, settings.per, transfer=True)
@@ -36,6 +33,9 @@ def run(task: Task, settings: Settings) -> None:
                 f"--start: its network has search.hidden {start.hidden} and search.warm_start {start.warm}; "
                 "give the search the same"
             )
+    model, texts, statistics = (task.inputs[name] for name in ("model", "calibration", "statistics"))
+    meter = LossMeter(model, texts, statistics, bank, tokens=settings.reward_tokens)
+    by_layer = settings.per == "layer"
     progress: Progress[None] = task.progress(total=settings.evaluations, label="measured plans")
     with progress:
 

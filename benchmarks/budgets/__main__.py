@@ -2,6 +2,7 @@
 
     python -m benchmarks.budgets --kind shared --output shared.json       # 4 minutes on two cores
     python -m benchmarks.budgets --kind alone --output alone.json         # a search per budget: 10 minutes
+    python -m benchmarks.budgets --kind alone --budgets 2.0 --output alone2.json
     python -m benchmarks.budgets --show shared.json alone.json            # the table
 
 Kinds: `shared` (one search), `alone`, `layer` (one search that decides layer by layer), `evolution` (per budget). The
@@ -54,12 +55,12 @@ def plans(bank: Bank, options: argparse.Namespace, measure: Measure) -> dict[flo
             bits: min(
                 evolution.search(bank, bits, options.seed, settings, measure), key=lambda trial: trial.loss
             ).choice
-            for bits in BUDGETS
+            for bits in options.budgets
         }
     if options.kind == "alone":
-        return {bits: searched(bank, options, (bits,), measure).plan(bank, bits) for bits in BUDGETS}
+        return {bits: searched(bank, options, (bits,), measure).plan(bank, bits) for bits in options.budgets}
     found = searched(bank, options, RANGE, measure)
-    return {bits: found.plan(bank, bits) for bits in BUDGETS}
+    return {bits: found.plan(bank, bits) for bits in options.budgets}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -99,13 +100,16 @@ def table(found: list[dict[str, Any]]) -> str:
     """Losses relative to those of the Lagrangian plan of the same budget."""
     head = "| target | " + " | ".join(f"{e['kind']}, seed {e['seed']}, {e['measured']} measured" for e in found) + " |"
     lines = [head, "|---" * (len(found) + 1) + "|"]
-    for place, first in enumerate(found[0]["rows"]):
+    rows = [{row["target"]: row for row in entry["rows"]} for entry in found]
+    for target in sorted({target for some in rows for target in some}):
         cells = []
-        for entry in found:
-            row = entry["rows"][place]
+        for some in rows:
+            if (row := some.get(target)) is None:
+                cells.append("")
+                continue
             change = [f"{row['plan'][k] / row['lagrangian'][k] - 1:+.1%}" for k in ("predicted", "seen", "other")]
             cells.append(f"{row['plan']['seen']:.4f} ({', '.join(change)})")
-        lines.append(f"| {first['target']:g} | {' | '.join(cells)} |")
+        lines.append(f"| {target:g} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "In brackets, against the Lagrangian plan: predicted, measured, other noise."])
 
 
@@ -115,6 +119,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(), help="folder with data/ and resources/")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, metavar="BITS")
     parser.add_argument("--evaluations", type=int, default=16)
     parser.add_argument("--episodes", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)

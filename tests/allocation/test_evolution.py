@@ -34,6 +34,11 @@ def test_same_seed_same_plans(small_bank: Bank, hidden_loss: Callable[..., Measu
     assert first == second != other
 
 
+def test_it_ends_where_there_is_one_plan_only(small_bank: Bank) -> None:
+    lowest = small_bank.lowest_bits()
+    assert len(evolution.search(small_bank, lowest, 0, MeasureSettings(30), lambda choice: 1.0)) == 1
+
+
 def test_losses_that_are_not_finite_do_no_harm(small_bank: Bank) -> None:
     baseline = lagrangian.allocate(small_bank, 2.2)
     trials = evolution.search(

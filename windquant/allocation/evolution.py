@@ -31,8 +31,8 @@ def search(
 ) -> Sequence[Trial]:
     """All measured plans, the Lagrangian one first; the best of them is the plan.
 
-    `measure(choice [U])` is called at most `settings.evaluations` times. Raises WindquantError if the target cannot be
-    met. Same seed, same plans.
+    `measure(choice [U])` is called at most `settings.evaluations` times, but at least once. Raises WindquantError if
+    the target cannot be met. Same seed, same plans.
     """
     budget, errors, least = limit(bank, target_bits), prices(bank), cheapest(bank)
     model = LossModel(bank)
@@ -52,7 +52,9 @@ def search(
     share = np.log(size / 2 + 0.5) - np.log(np.arange(1, size // 2 + 1))
     share /= share.sum()
     mean, sigma = np.zeros(len(broad)), SIGMA
-    while trials.left > 0:
+    before = 0
+    while trials.left > 0 and len(trials.done) > before:  # a generation of known plans ends it
+        before = len(trials.done)
         steps = random.standard_normal((min(size, trials.left), len(broad)))
         losses = [trials.run(plan(mean + sigma * step), target_bits, "evolution").loss for step in steps]
         best = np.argsort(losses)[: len(share)]

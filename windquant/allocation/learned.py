@@ -65,7 +65,7 @@ class Learned:
             ("actions", self.actions, bank.actions),
         ):
             if mine != theirs:
-                odd = next(iter([name for name in [*mine, *theirs] if (name in mine) != (name in theirs)]), "the order")
+                odd = next((name for name in [*mine, *theirs] if (name in mine) != (name in theirs)), "the order")
                 raise WindquantError(f"this search has other {what} than the bank ({odd}); make a search for this bank")
 
     def plan(self, bank: Bank, target_bits: float) -> Choice:

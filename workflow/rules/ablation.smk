@@ -1,16 +1,6 @@
 # What a change of the settings does to a result: a table per ablation of the configuration.
 
 
-@one_line
-def all_changes(wildcards):
-    known = study(wildcards.model, "ablations")
-    if wildcards.ablation not in known:
-        hint = configuration.did_you_mean(wildcards.ablation, known)
-        raise WindquantError(f"unknown ablation {wildcards.ablation}{hint}; there are {', '.join(known) or 'none'}")
-    names = ["ppo", *(f"ppo-{change}" for change in known[wildcards.ablation])]
-    return [result_of(wildcards.model, wildcards.bits, name) for name in names]
-
-
 rule ablation:
     input:
         results=all_changes,

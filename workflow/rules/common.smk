@@ -215,6 +215,33 @@ def of_plan(*patterns):
     return files
 
 
+def all_allocators(wildcards):
+    """The results of all allocators, each with every seed; the usual seed has no name."""
+    usual = resolved(wildcards.model)["seed"]
+    names = [
+        name if seed == usual else f"{name}-{seed}"
+        for name in configuration.ALLOCATORS
+        for seed in study(wildcards.model, "seeds")
+    ]
+    return [result_of(wildcards.model, wildcards.bits, name) for name in names]
+
+
+def all_budgets(wildcards):
+    """The results at all budgets of the Pareto table."""
+    return [result_of(wildcards.model, bits, "ppo") for bits in study(wildcards.model, "budgets")]
+
+
+@one_line
+def all_changes(wildcards):
+    """The results of an ablation: without any change, and under each of its changes."""
+    known = study(wildcards.model, "ablations")
+    if wildcards.ablation not in known:
+        hint = configuration.did_you_mean(wildcards.ablation, known)
+        raise WindquantError(f"unknown ablation {wildcards.ablation}{hint}; there are {', '.join(known) or 'none'}")
+    names = ["ppo", *(f"ppo-{change}" for change in known[wildcards.ablation])]
+    return [result_of(wildcards.model, wildcards.bits, name) for name in names]
+
+
 DEFAULT = "results/smollm2-135m_2.0bits.json"
 
 

@@ -1,16 +1,6 @@
 # All allocators at one budget, side by side, each with every seed.
 
 
-def all_allocators(wildcards):
-    usual = resolved(wildcards.model)["seed"]
-    names = [
-        name if seed == usual else f"{name}-{seed}"
-        for name in configuration.ALLOCATORS
-        for seed in study(wildcards.model, "seeds")
-    ]
-    return [result_of(wildcards.model, wildcards.bits, name) for name in names]
-
-
 rule comparison:
     input:
         results=all_allocators,

@@ -1,10 +1,6 @@
 # Quality against size: the results at a list of budgets, whose plans come from one search, as a table and a picture.
 
 
-def all_budgets(wildcards):
-    return [result_of(wildcards.model, bits, "ppo") for bits in study(wildcards.model, "budgets")]
-
-
 rule pareto:
     input:
         results=all_budgets,
