@@ -215,3 +215,13 @@ def test_offsets_take_a_byte() -> None:
         inside = offset.abs() < levels * 127 / 256
         error = (decode_offset(encode_offset(offset, levels), levels) - offset).abs()
         assert (error[inside] <= levels / 512 + 1e-6).all()
+
+
+def test_a_damaged_order_of_many_chunks_is_refused() -> None:
+    """Above 256 chunks their numbers are int16, which a damaged file can make negative."""
+    order = torch.randperm(300)
+    packed = pack_order(order, [1] * 300, 0)
+    assert torch.equal(unpack_order(packed, 300, [1] * 300, 0), order)
+    packed[1] = 0xFF
+    with pytest.raises(WindquantError, match="column order"):
+        unpack_order(packed, 300, [1] * 300, 0)

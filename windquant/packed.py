@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,13 +182,18 @@ def pack_order(order: Tensor, widths: list[int], protected: int) -> Tensor:
 def unpack_order(packed: Tensor, columns: int, widths: list[int], protected: int) -> Tensor:
     """The inverse of `pack_order`: int64 [columns], protected columns first, then chunk by chunk."""
     bits = _order_bits(len(widths), protected)
-    chunk_of = (packed.view(torch.int16) if bits > 8 else unpack(packed[None], columns, (bits, bits))[0]).long()
+    data = packed.cpu().numpy()
+    if bits > 8:
+        chunk_of = data.view("<i2").astype(np.int64)
+    else:
+        digits = np.unpackbits(data, count=columns * bits, bitorder="little").reshape(columns, bits)
+        chunk_of = digits @ (1 << np.arange(bits))
     if protected:
-        chunk_of = torch.where(chunk_of == len(widths), -1, chunk_of)
-    sizes = torch.tensor([protected, *widths] if protected else widths)
-    if not torch.equal(torch.bincount(chunk_of + bool(protected), minlength=len(sizes)), sizes):
+        chunk_of = np.where(chunk_of == len(widths), 0, chunk_of + 1)
+    sizes = [protected, *widths] if protected else widths
+    if chunk_of.min() < 0 or not np.array_equal(np.bincount(chunk_of, minlength=len(sizes)), sizes):
         raise WindquantError("a stored column order disagrees with the chunks; the checkpoint is damaged")
-    return torch.argsort(chunk_of, stable=True)
+    return torch.from_numpy(np.argsort(chunk_of, kind="stable")).to(packed.device)
 
 
 def chunk_order(order: Tensor, widths: list[int], protected: int) -> Tensor:

@@ -27,12 +27,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from windquant import models
+from windquant import kernels, models
 from windquant.checkpoint import files as packed_files
 from windquant.checkpoint.header import Entry, entries
 from windquant.decoder import decoder_layers, device_of
 from windquant.errors import WindquantError
-from windquant.packed import Layout, dequantize
+from windquant.packed import Layout
 
 SOURCE = "windquant_source"  # attribute of a streamed model
 
@@ -107,7 +107,7 @@ class Source:
             return value.to(self.dtype) if value.is_floating_point() else value
         layout = self.layouts[linear]
         parts = {part: stored[f"{linear}.{part}"].to(device, non_blocking=True) for part in layout.shapes()}
-        return dequantize(layout, parts, self.order(linear, stored).to(device)).to(self.dtype)
+        return kernels.decode(layout, parts, self.order(linear, stored).to(device), self.dtype)
 
     def order(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
         """Column order of a packed linear, int64 [columns]; `stored` has the one of its group's owner."""

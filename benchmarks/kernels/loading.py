@@ -8,6 +8,7 @@ Every load is a process of its own; the libraries are imported before its clock 
 import json
 import subprocess
 import sys
+from statistics import median
 
 PROBE = """
 import gc, json, sys, time
@@ -19,28 +20,31 @@ logging.disable_progress_bar(); logging.set_verbosity_error()
 folder, sparse, dtype = sys.argv[1], sys.argv[2] == "low_memory", getattr(torch, sys.argv[3])
 before = psutil.Process().memory_info().rss
 options = {"quantization_config": WindquantConfig(low_memory=True)} if sparse else {}
-start = time.perf_counter()
+start, busy = time.perf_counter(), time.process_time()
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-seconds = time.perf_counter() - start
+seconds, busy = time.perf_counter() - start, time.process_time() - busy
 ids = torch.arange(64)[None] + 100
 with torch.no_grad():
     loss = model(ids, labels=ids).loss.item()
 gc.collect()
-print(json.dumps({"seconds": seconds, "resident": psutil.Process().memory_info().rss - before, "loss": loss}))
+resident = psutil.Process().memory_info().rss - before
+print(json.dumps({"seconds": seconds, "busy": busy, "resident": resident, "loss": loss}))
 """
 
 
 def main(original: str, packed: str, repeats: int = 5) -> None:
     for dtype in ("float16", "float32"):
-        print(f"{dtype}: median seconds to load, resident bytes with the model, loss of 64 fixed tokens")
-        for what, folder in (("original", original), ("packed", packed), ("low_memory", packed)):
-            runs = []
-            for _ in range(repeats):
+        print(f"{dtype}: median seconds to load, of all processors, resident bytes with the model, loss of 64 tokens")
+        runs: dict[str, list[dict[str, float]]] = {"original": [], "packed": [], "low_memory": []}
+        for _ in range(repeats):  # in turn, so that what else the machine does falls on all of them
+            for what, found in runs.items():
+                folder = original if what == "original" else packed
                 command = [sys.executable, "-W", "ignore", "-c", PROBE, folder, what, dtype]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-            middle = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
-            print(f"{what:<12}{middle['seconds']:8.2f}{middle['resident']:16,}{middle['loss']:12.6f}")
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+        for what, found in runs.items():
+            seconds, busy = (median(run[key] for run in found) for key in ("seconds", "busy"))
+            print(f"{what:<12}{seconds:8.2f}{busy:8.2f}{found[0]['resident']:16,}{found[0]['loss']:12.6f}")
 
 
 if __name__ == "__main__":
