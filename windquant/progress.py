@@ -1,7 +1,7 @@
 """Progress with the remaining time: a bar on a terminal, one line a minute elsewhere (a Snakemake log).
 
 The output of Snakemake's steps goes through a pipe into their logs. Where Snakemake itself runs on a terminal it says
-so in TERMINAL, and the bar goes there past the pipe.
+so in TERMINAL: then the bar goes there past the pipe, and only its last state is a line in the log.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Progress(Generic[T]):
         if screen is not None:
             from tqdm import tqdm  # here: light steps show nothing and need not pay for it
 
-            passing = self._terminal is not None  # the lines stay, the bar does not
+            passing = self._terminal is not None  # the last line stays, the bar does not
             self._bar = tqdm(total=self.total, desc=label or None, file=screen, dynamic_ncols=True, leave=not passing)
 
     def __iter__(self) -> Iterator[T]:
@@ -69,7 +69,8 @@ class Progress(Generic[T]):
             self._tell()
         if self._bar is not None:
             self._bar.update(n)
-        if self._lines and time.monotonic() - self._last >= self.interval:
+        # Through the pipe a line would come to the terminal too, into the middle of the bar.
+        if self._lines and self._terminal is None and time.monotonic() - self._last >= self.interval:
             self._print()
 
     def close(self) -> None:
