@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tests.checkpoint.making import ARCHITECTURES, save_tokenizer, tiny
 from tests.families import NAMES, WINDOW, Prepared, family, prepare, run, statistics_of, token_ids
-from windquant import bank as module, checkpoint, models
+from windquant import bank as module, checkpoint, models, streaming
 from windquant.bank import Bank, make, unit_errors
 from windquant.decoder import quantizable
 from windquant.errors import WindquantError
 from windquant.feedback import column_order, factor, quantize_linear
 from windquant.packed import tensor_bytes, unit_bytes
 from windquant.plan import Units
-from windquant.quantize import layouts_of, quantize_model
+from windquant.quantize import layouts_of, quantized_linears
 from windquant.quantizers import action, actions, menu
 from windquant.statistics import Statistics
 from windquant.units import Linear
@@ -194,8 +194,10 @@ def test_planned_bytes_are_those_of_the_checkpoint(name: str, tmp_path: Path) ->
     bank = make(name, weights, statistics, Units(32, 0.03, WINDOW, "saliency", dtype), NAMES)
     plan = bank.plan(any_choice(bank), allocator="random", target_bits=16, seed=0)
     layouts = layouts_of(plan, statistics.linears)
-    tensors = quantize_model(model, layouts, "saliency", statistics, ids, 4, int)
-    measured = checkpoint.write(tmp_path / "packed", model, layouts, tensors, plan, source)
+    tensors = dict(quantized_linears(model, layouts, "saliency", statistics, ids, 4))
+    measured = checkpoint.write(
+        tmp_path / "packed", model, layouts, tensors.items(), streaming.parameters(model, layouts), plan, source
+    )
     assert measured.measured_bytes == plan.bytes
     assert measured.effective_bits == plan.effective_bits
     assert measured.weights == plan.weights == bank.weights

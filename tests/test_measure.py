@@ -16,7 +16,7 @@ from windquant.bank import Bank
 from windquant.decoder import decoder_layers
 from windquant.feedback import column_order
 from windquant.measure import LossMeter
-from windquant.quantize import layouts_of, quantize_model
+from windquant.quantize import layouts_of, quantized_linears
 from windquant.statistics import Statistics
 
 
@@ -148,7 +148,7 @@ def test_plans_are_confirmed_as_really_quantized_models(prepared: Prepared, mete
         for plan, gap in zip(plans, gaps, strict=True):
             model = models.load(prepared.model)
             layouts = layouts_of(plan, statistics.linears)
-            quantize_model(model, layouts, "saliency", statistics, texts.calibration.long(), 16, int)
+            dict(quantized_linears(model, layouts, "saliency", statistics, texts.calibration.long(), 16))
             loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
             assert gap == pytest.approx(loss - meter.other_original, rel=1e-4)
     assert seen == [1] * 2 * len(meter.bank.linears)
@@ -176,6 +176,6 @@ def test_the_measured_gap_is_about_that_of_real_quantization(meter: LossMeter, p
     layouts = layouts_of(uniform(prepared, action), statistics.linears)
     ids = texts.reward.long()
     with in_float32(), torch.no_grad():
-        quantize_model(model, layouts, "saliency", statistics, texts.calibration.long(), 4, int)
+        dict(quantized_linears(model, layouts, "saliency", statistics, texts.calibration.long(), 4))
         real = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item() - meter.original
     assert 0.5 < meter.loss_gap(choice(meter, action)) / real < 2

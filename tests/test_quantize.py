@@ -17,7 +17,7 @@ from windquant.feedback import column_order, quantize_linear
 from windquant.manifest import Manifest
 from windquant.packed import dequantize
 from windquant.plan import Plan
-from windquant.quantize import layouts_of, quantize_model
+from windquant.quantize import layouts_of, quantized_linears
 from windquant.statistics import Statistics
 
 INPUTS = ("model", "calibration", "statistics", "plan")
@@ -109,7 +109,7 @@ def test_skipping_everything_changes_no_weight(prepared: Prepared) -> None:
     plan = uniform(prepared, "skip")
     plan = dataclasses.replace(plan, units=dataclasses.replace(plan.units, protected=0.0))
     model, original = models.load(prepared.model), models.load(prepared.model)
-    quantize_model(model, layouts_of(plan, statistics.linears), "saliency", statistics, ids, 8, int)
+    dict(quantized_linears(model, layouts_of(plan, statistics.linears), "saliency", statistics, ids, 8))
     for name, parameter in original.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
 
@@ -120,7 +120,7 @@ def test_each_layer_is_quantized_on_the_quantized_layers_before_it(prepared: Pre
     layouts = layouts_of(uniform(prepared, "scalar-3"), statistics.linears)
     model = models.load(prepared.model)
     with in_float32():
-        tensors = quantize_model(model, layouts, "saliency", statistics, ids, 8, int)
+        tensors = dict(quantized_linears(model, layouts, "saliency", statistics, ids, 8))
 
     prefix = models.load(prepared.model)  # its first layer quantized, the second original
     for linear in statistics.linears:
@@ -153,7 +153,7 @@ def test_the_batch_does_not_matter(prepared: Prepared) -> None:
     layouts = layouts_of(uniform(prepared, "scalar-4"), statistics.linears)
     with in_float32():
         one, two = (
-            quantize_model(models.load(prepared.model), layouts, "saliency", statistics, ids, batch, int)
+            dict(quantized_linears(models.load(prepared.model), layouts, "saliency", statistics, ids, batch))
             for batch in (3, 8)
         )
     for name, tensors in one.items():
@@ -167,7 +167,7 @@ def test_natural_order_is_kept(prepared: Prepared) -> None:
     plan = dataclasses.replace(plan, units=dataclasses.replace(plan.units, order="natural", protected=0.0))
     layouts = layouts_of(plan, statistics.linears)
     model = models.load(prepared.model)
-    tensors = quantize_model(model, layouts, "natural", statistics, ids, 8, int)
+    tensors = dict(quantized_linears(model, layouts, "natural", statistics, ids, 8))
     for name, layout in layouts.items():
         decoded = dequantize(layout, tensors[name], torch.arange(layout.linear.columns))
         torch.testing.assert_close(decoded, model.get_parameter(f"{name}.weight"), rtol=1e-5, atol=1e-6)

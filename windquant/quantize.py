@@ -8,7 +8,7 @@ from the files once.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from windquant.errors import WindquantError
 from windquant.feedback import column_order, quantize_linear
 from windquant.packed import Layout
 from windquant.plan import Plan
-from windquant.progress import Progress
 from windquant.statistics import Covariance, Flow, Statistics, owners
 from windquant.units import Linear, chunk_widths, protected_count
 
@@ -37,15 +36,13 @@ def run(task: step.Task, settings: Settings) -> None:
     model = streaming.load(task.inputs["model"])
     layouts = layouts_of(plan, statistics.linears)
 
-    def quantized(batch: int) -> dict[str, dict[str, Tensor]]:
-        progress: Progress[None] = task.progress(total=len(layouts), label="quantize")
-        with progress:
-            scratch = task.output.parent
-            return quantize_model(model, layouts, plan.units.order, statistics, ids, batch, progress.update, scratch)
+    def written(batch: int) -> checkpoint.Measured:
+        found = quantized_linears(model, layouts, plan.units.order, statistics, ids, batch, task.output.parent)
+        others = streaming.parameters(model, layouts)
+        counted = task.progress(found, total=len(layouts), label="quantize")
+        return checkpoint.write(task.output, model, layouts, counted, others, plan, task.inputs["model"])
 
-    tensors = compute.with_smaller_batches(settings.batch, quantized)
-    streaming.fill(model, layouts)
-    measured = checkpoint.write(task.output, model, layouts, tensors, plan, task.inputs["model"])
+    measured = compute.with_smaller_batches(settings.batch, written)
     if measured.measured_bytes != plan.bytes:
         raise RuntimeError(f"the checkpoint takes {measured.measured_bytes} bytes, the plan predicted {plan.bytes}")
     task.note("effective_bits", measured.effective_bits)
@@ -68,24 +65,6 @@ def layouts_of(plan: Plan, linears: list[Linear]) -> dict[str, Layout]:
             )
         layouts[linear.name] = Layout(linear, tuple(names), form)
     return layouts
-
-
-def quantize_model(
-    model: nn.Module,
-    layouts: dict[str, Layout],
-    order: str,
-    statistics: Statistics,
-    ids: Tensor,
-    batch: int,
-    update: Callable[[int], object],
-    scratch: Path | None = None,
-) -> dict[str, dict[str, Tensor]]:
-    """Stored tensors by linear, of all of them; `update(1)` is called after each. See `quantized_linears`."""
-    result = {}
-    for name, tensors in quantized_linears(model, layouts, order, statistics, ids, batch, scratch):
-        result[name] = tensors
-        update(1)
-    return result
 
 
 @torch.no_grad()

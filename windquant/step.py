@@ -249,6 +249,9 @@ def seed_everything(seed: int, torch: bool = True) -> None:
 
         torch_module.manual_seed(seed)
         torch_module.use_deterministic_algorithms(True)
+        # It also fills all new memory with NaN: the frame of a streamed model, never touched, would take memory.
+        memory: Any = torch_module.utils.deterministic
+        memory.fill_uninitialized_memory = False
 
 
 def peak_memory() -> dict[str, int]:

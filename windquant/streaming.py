@@ -162,12 +162,15 @@ def open_source(folder: Path, dtype: torch.dtype = torch.float32) -> Source:
     return Source(folder, {name: entry for file in found for name, entry in entries(file).items()}, layouts, dtype)
 
 
-def fill(model: nn.Module, without: Container[str]) -> None:
-    """Put all of a model on the CPU, read from its files where it is streamed, but the weights of linears `without`."""
+def parameters(model: nn.Module, without: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The model's state on the CPU, one after another, but the weights of linears `without`.
+
+    What has no memory is read from the files of a streamed model, and nothing of it stays.
+    """
     source: Source | None = getattr(model, SOURCE, None)
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in without:
-            _put(model, name, source.parameter(name) if source is not None and tensor.is_meta else tensor.cpu())
+            yield name, source.parameter(name) if source is not None and tensor.is_meta else tensor.cpu()
 
 
 def walk(model: nn.Module, order: Iterable[int] | None = None) -> Generator[tuple[int, nn.Module], None, None]:

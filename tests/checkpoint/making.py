@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from windquant import checkpoint
+from windquant import checkpoint, streaming
 from windquant.decoder import quantizable
 from windquant.feedback import column_order, quantize_linear
 from windquant.packed import Format, Layout
@@ -131,7 +131,9 @@ def make(
         actions={key: list(layout.names) for key, layout in layouts.items()},
         predicted_loss=1.0,
     )
-    measured = checkpoint.write(folder, model, layouts, tensors, plan, source)
+    measured = checkpoint.write(
+        folder, model, layouts, tensors.items(), streaming.parameters(model, layouts), plan, source
+    )
     for key, weight in dense.items():
         model.get_submodule(key).weight.data = weight
     return Made(folder, source, model, layouts, tensors, plan, measured)

@@ -1,5 +1,6 @@
 """Packed, written, loaded by transformers in a new process: the same logits, text and bytes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import windquant
 from tests.checkpoint.making import ARCHITECTURES, Made, make
-from windquant import checkpoint
+from windquant import checkpoint, streaming
 from windquant.checkpoint.linear import PackedLinear
 from windquant.packed import dequantize
 from windquant.quantizers import actions
@@ -209,10 +210,15 @@ def test_shards(whole: Made, tmp_path: Path) -> None:
     assert checkpoint.measure(tmp_path).measured_bytes == whole.measured.measured_bytes
 
 
+def write_again(made: Made, folder: Path) -> None:
+    others = streaming.parameters(made.model, made.layouts)
+    checkpoint.write(folder, made.model, made.layouts, made.tensors.items(), others, made.plan, made.source)
+
+
 def test_writing_leaves_the_model_as_it_was(whole: Made, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     config = whole.model.config
-    checkpoint.write(tmp_path, whole.model, whole.layouts, whole.tensors, whole.plan, whole.source)
+    write_again(whole, tmp_path)
     assert whole.model.config is config
     assert getattr(config, "quantization_config", None) is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in whole.model.state_dict().items())
@@ -220,7 +226,7 @@ def test_writing_leaves_the_model_as_it_was(whole: Made, tmp_path: Path) -> None
 
 
 def test_two_writes_give_the_same_bytes(whole: Made, tmp_path: Path) -> None:
-    checkpoint.write(tmp_path, whole.model, whole.layouts, whole.tensors, whole.plan, whole.source)
+    write_again(whole, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.folder.iterdir()}
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (whole.folder / path.name).read_bytes(), path.name
@@ -230,7 +236,7 @@ def test_what_does_not_fit_the_layouts_is_a_callers_bug(whole: Made, tmp_path: P
     wrong = {name: dict(tensors) for name, tensors in whole.tensors.items()}
     wrong["model.layers.1.mlp.up_proj"].pop("codes")
     with pytest.raises(ValueError, match="up_proj"):
-        checkpoint.write(tmp_path, whole.model, whole.layouts, wrong, whole.plan, whole.source)
+        write_again(dataclasses.replace(whole, tensors=wrong), tmp_path)
 
 
 def test_tokenizer_and_card_are_there(whole: Made) -> None:

@@ -5,6 +5,7 @@ model once `windquant` is imported (huggingface.py).
 """
 
 from windquant.checkpoint.description import FORMAT_VERSION
-from windquant.checkpoint.files import Measured, Packed, measure, read, write
+from windquant.checkpoint.files import Measured, Packed, measure, read
+from windquant.checkpoint.writing import write
 
 __all__ = ["FORMAT_VERSION", "Measured", "Packed", "measure", "read", "write"]

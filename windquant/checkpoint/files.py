@@ -1,14 +1,11 @@
-"""Write, read and measure the folder of a packed checkpoint.
+"""Read and measure the folder of a packed checkpoint.
 
 A folder is checked from the headers of its files before any tensor is read: a file that is truncated, of another
 version or at odds with its plan is refused in one line, never loaded as something else.
 """
 
-import copy
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from windquant.checkpoint import card, description
+from windquant.checkpoint import description
 from windquant.checkpoint.header import Entry, entries, tensors, weight_files
 from windquant.errors import WindquantError
 from windquant.packed import Layout, unpack_order
@@ -25,14 +22,9 @@ from windquant.plan import Plan
 from windquant.quantizers import actions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 AGAIN = "quantize the model again"
-#: What travels with the weights: the tokenizer's files and the model's licence.
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,101 +56,6 @@ class Packed:
 def unpacked_order(layout: Layout, packed: Tensor) -> Tensor:
     """`unpack_order` of a group's owner: int64 [columns], where the packed one is."""
     return unpack_order(packed, layout.linear.columns, layout.widths, layout.protected)
-
-
-def write(
-    folder: Path,
-    model: "PreTrainedModel",
-    layouts: Mapping[str, Layout],
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    plan: Plan,
-    source: Path,
-) -> Measured:
-    """Write a packed checkpoint and measure it.
-
-    model: the original in memory; its other parameters (norms, embeddings, biases) are stored as they are there, in
-    the dtype of `source`'s configuration. tensors: by linear, as `Layout.shapes` names them. source: the original's
-    folder, whose tokenizer is copied. Raises ValueError where layouts, tensors and plan disagree (a caller's bug).
-    """
-    for name, layout in layouts.items():
-        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors[name].items()}
-        if found != layout.shapes():
-            raise ValueError(f"{name}: tensors {found} do not fit the layout {layout.shapes()}")
-    if {name: list(layout.names) for name, layout in layouts.items()} != plan.actions:
-        raise ValueError("the layouts do not follow the plan")
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = _source_dtype(source, next(iter(layouts.values())).format.dtype)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in layouts}
-    state = stored(state, dtype)
-    for name in layouts:
-        state |= {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in tensors[name].items()}
-    _save(folder, model, state, description.describe(layouts, dtype), dtype)
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    plan.save(folder / "plan.json")
-    measured = measure(folder)
-    text = card.card(plan, layouts, measured.effective_bits, measured.checkpoint_bits, measured.measured_bytes)
-    (folder / "README.md").write_text(text)
-    return measured
-
-
-def stored(state: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Floating-point tensors in the dtype that they have on disk; tied ones stay tied. `keep`: names left alone."""
-    kept = set(keep)
-    cast: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
-    result = {}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and tensor.dtype != dtype and name not in kept:
-            tensor = cast.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor.to(dtype))
-        result[name] = tensor
-    return result
-
-
-def _source_dtype(source: Path, otherwise: torch.dtype) -> torch.dtype:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-    dtype = config.get_text_config().dtype
-    return dtype if isinstance(dtype, torch.dtype) else otherwise
-
-
-def _save(
-    folder: Path, model: "PreTrainedModel", state: dict[str, Tensor], quantization: dict[str, Any], dtype: torch.dtype
-) -> None:
-    """config.json, generation_config.json and the weights, as a loaded checkpoint's `save_pretrained` writes them."""
-    from transformers import GenerationConfig
-
-    config, generation = model.config, model.generation_config
-    packed = copy.deepcopy(config)
-    packed.quantization_config = quantization
-    try:
-        model.config = packed
-        try:
-            generation.validate(strict=True)
-        except ValueError:  # some published models have one that transformers loads but refuses to save
-            model.generation_config = GenerationConfig.from_model_config(config)
-        with quiet():
-            model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config, model.generation_config = config, generation
-    packed.dtype = dtype  # save_pretrained has written the one in memory
-    packed.save_pretrained(folder)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers: a step has its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def read(folder: Path) -> Packed:

@@ -1,11 +1,11 @@
-"""The header of a safetensors file: what is in it and how many bytes it takes, without reading the tensors.
+"""The header of a safetensors file: what is in it and how many bytes it takes, without its tensors, read or laid out.
 
 A file is eight bytes (the header's length), the header (JSON), and the tensors. The sizes here are those of the file,
 not computed from shapes.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from windquant.errors import WindquantError
 
+#: In the order that the safetensors library writes them in, those of one type by name.
 DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
@@ -51,6 +52,41 @@ def tensors(wanted: Iterable[Entry]) -> list[Tensor]:
                 raise WindquantError(f"{entry.file}: truncated while it was read, or of a type that no checkpoint has")
             result.append(torch.from_numpy(data).view(entry.dtype).view(entry.shape))
     return result
+
+
+def lay_out(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Make a file for these tensors, whose values come later (`put`), as safetensors' `save_file` does; places by name.
+
+    Only shapes and dtypes are looked at. The file has its full length at once, but takes no disk until values come.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    ranks = {dtype: rank for rank, dtype in enumerate(names)}
+    order = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+    return entries(file)
+
+
+def put(entry: Entry, value: Tensor) -> None:
+    """Write a tensor at its place, in the type on disk; ValueError for another shape."""
+    if entry.dtype is None or entry.shape != tuple(value.shape):
+        raise ValueError(f"{entry.file}: a tensor {list(value.shape)} has no place at {entry}")
+    with entry.file.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(value.cpu().to(entry.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def entries(file: Path) -> dict[str, Entry]:

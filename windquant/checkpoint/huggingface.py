@@ -6,6 +6,7 @@ Loading swaps the linears of config.json for `PackedLinear`, reads their small t
 to the device that it chooses, and decodes the weights, all processors at once. All checks come first.
 """
 
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from windquant.checkpoint import description
 from windquant.checkpoint.description import METHOD
-from windquant.checkpoint.files import check, check_plan, stored, unpacked_order
+from windquant.checkpoint.files import check, check_plan, unpacked_order
 from windquant.checkpoint.fused import Fused
 from windquant.checkpoint.header import tensors
 from windquant.checkpoint.linear import PackedLinear
@@ -142,6 +143,18 @@ class WindquantQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def stored(state: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Floating-point tensors in the dtype that they have on disk; tied ones stay tied. `keep`: names left alone."""
+    kept = set(keep)
+    cast: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.dtype != dtype and name not in kept:
+            tensor = cast.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor.to(dtype))
+        result[name] = tensor
+    return result
 
 
 def register() -> None:

@@ -4,11 +4,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from windquant.checkpoint.files import Measured, measure
-from windquant.checkpoint.header import entries, weight_files
+from windquant.checkpoint.header import entries, put, weight_files
 
 
 def rewrite(source: Path, folder: Path, changes: Mapping[str, Tensor]) -> Measured:
@@ -20,10 +19,7 @@ def rewrite(source: Path, folder: Path, changes: Mapping[str, Tensor]) -> Measur
     shutil.copytree(source, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)  # also of a read-only one
     found = {name: entry for file in weight_files(folder) for name, entry in entries(file).items()}
     for name, value in changes.items():
-        entry = found.get(name)
-        if entry is None or entry.dtype is None or entry.shape != tuple(value.shape):
-            raise ValueError(f"{source}: {name} {list(value.shape)} is not in the checkpoint, which has {entry}")
-        with entry.file.open("r+b") as file:
-            file.seek(entry.start)
-            file.write(value.to(entry.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+        if name not in found:
+            raise ValueError(f"{source}: {name} is not in the checkpoint")
+        put(found[name], value)
     return measure(folder)
