@@ -14,7 +14,6 @@ those for a model of almost nothing (imports, and the frame of a step), which co
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,18 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: hidden, intermediate, layers, heads
-SIZES = {
-    "nothing": (64, 128, 1, 2),
-    "10M": (256, 704, 12, 4),
-    "40M": (512, 1408, 12, 8),
-    "135M": (768, 2112, 18, 12),
-    "500M": (1280, 3456, 24, 20),
-    "shallow": (512, 1408, 6, 8),
-    "deep": (512, 1408, 24, 8),
-}
+from benchmarks.scaling.subject import SIZES
+
 FITTED = ("10M", "40M", "135M", "500M")
-VOCABULARY = 8192
 BITS = 2.0
 #: Rows of the table, and the module of each step.
 STEPS = {
@@ -49,60 +39,6 @@ STEPS = {
     "zero_shot": "evaluation.zero_shot",
 }
 STREAMED = {"WINDQUANT_MEMORY": "0.001"}  # GiB: nothing fits as a whole
-RECORDS = 32  # of the zero-shot task, of 64 tokens
-
-
-def make(folder: Path, size: str, samples: int, length: int) -> None:
-    """Model and text of a size."""
-    make_text(folder / "text", samples, length)
-    make_model(folder / "model", size)
-
-
-def make_model(folder: Path, size: str) -> None:
-    """A random Llama in float16, with a tokenizer that knows its alphabet."""
-    import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    hidden, intermediate, layers, heads = SIZES[size]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=1 / math.sqrt(hidden),
-    )
-    LlamaForCausalLM(config).half().save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({letter(index): index for index in range(VOCABULARY)}, unk_token=letter(0)))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=letter(0)).save_pretrained(folder)
-
-
-def letter(index: int) -> str:
-    """The word of a token."""
-    return chr(0x4E00 + index)
-
-
-def make_text(folder: Path, samples: int, length: int) -> None:
-    """The artifact of the calibration step, of random tokens."""
-    import torch
-    from safetensors.torch import save_file
-
-    chance = torch.Generator().manual_seed(0)
-    counts = {"calibration": samples, "reward": 4, "recovery": 8, "test": 4}
-    tokens = {
-        name: torch.randint(VOCABULARY, (n, length), generator=chance, dtype=torch.int32) for name, n in counts.items()
-    }
-    folder.mkdir(parents=True)
-    save_file(tokens, folder / "tokens.safetensors")
-    (folder / "info.json").write_text(json.dumps({"test_name": "random"}))
-    rows = torch.randint(VOCABULARY, (RECORDS, 64), generator=chance).tolist()
-    records = [{"context": "".join(map(letter, row[:-1])), "target": letter(row[-1])} for row in rows]
-    (folder / "cloze.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dict[str, Any]:
@@ -111,9 +47,8 @@ def run(folder: Path, size: str, threads: int, samples: int, length: int) -> dic
     model, text = here / "model", here / "text"
     if not model.exists():
         # in a process of its own: a child's peak of memory begins with what its parent has had at most
-        maker = multiprocessing.get_context("spawn").Process(target=make, args=(here, size, samples, length))
-        maker.start()
-        maker.join()
+        maker = [sys.executable, "-m", "benchmarks.scaling.subject", str(here), size, str(samples), str(length)]
+        subprocess.run(maker, check=True)
     statistics, bank, plan = (here / name for name in ("statistics.safetensors", "bank.safetensors", "plan.json"))
     packed, recovered = here / "packed", here / "recovered"
     policy = here / "search.safetensors"
