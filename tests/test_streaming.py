@@ -1,7 +1,10 @@
 """Streamed models compute what models in memory do, and hold one decoder layer whatever their depth."""
 
 import json
+import weakref
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +87,36 @@ def test_one_layer_has_memory_at_a_time(tmp_path: Path, layers: int) -> None:
         assert held(layer) == 4 * (48 * 48 * 4 + 3 * 48 * 80 + 2 * 48)
     assert most == outside + 4 * (48 * 48 * 4 + 3 * 48 * 80 + 2 * 48), "whatever the depth"
     assert held(model) == outside
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_quantize_holds_no_more_of_what_it_has_made(
+    tmp_path: Path, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    def watched(kind: str, tensor: torch.Tensor) -> torch.Tensor:
+        alive[kind] += 1
+        most[kind] = max(most[kind], alive[kind])
+        weakref.finalize(tensor, alive.subtract, [kind])
+        return tensor
+
+    quantized, parameter = quantize.quantize_linear, streaming.Source.parameter
+
+    def made(*arguments: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        tensors, decoded = quantized(*arguments)
+        watched("linear", tensors["codes"])
+        return tensors, decoded
+
+    prepared = prepare(tmp_path, deep(tmp_path / "model", layers))
+    uniform(prepared, "scalar-3").save(tmp_path / "plan.json")
+    monkeypatch.setattr(quantize, "quantize_linear", made)
+    monkeypatch.setattr(streaming.Source, "parameter", lambda *given: watched("other", parameter(*given)))
+    inputs = prepared.inputs("model", "calibration", "statistics", plan=tmp_path / "plan.json")
+    run(quantize, tmp_path / "packed", inputs)
+    assert most == {"linear": 2, "other": 2}, "the last one and this, whatever the depth"
+    assert not any(alive.values())
 
 
 def test_a_pass_reads_every_tensor_once_also_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,6 @@ def rewrite(source: Path, folder: Path, changes: Mapping[str, Tensor]) -> Measur
     found = {name: entry for file in weight_files(folder) for name, entry in entries(file).items()}
     for name, value in changes.items():
         if name not in found:
-            raise ValueError(f"{source}: {name} is not in the checkpoint")
+            raise ValueError(f"{source}: {name} {list(value.shape)} is not in the checkpoint")
         put(found[name], value)
     return measure(folder)
