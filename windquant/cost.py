@@ -218,7 +218,7 @@ class Costs:
             + self.calibrated * (2 * self.token / m.fast + self.covariance / m.products)
             + self.factors / m.solves
             + self.reading,
-            self.packed + 2 * self.checkpoint + self.resident + states + self.matrices + self.inside(self.batch),
+            self.resident + states + self.matrices + self.inside(self.batch),
             self.checkpoint,
         )
 
