@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
     options = parser.parse_args()
     path = options.folder / "scaling.json"
+    # numba compiles what a machine has not run yet: not in a step whose time counts
+    run(options.folder / "warm-up", "nothing", options.threads, options.samples, options.length)
     for size in ["nothing", *options.sizes.split(",")]:
         result = run(options.folder, size, options.threads, options.samples, options.length)
         results = json.loads(path.read_text()) if path.exists() else {}
