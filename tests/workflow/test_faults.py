@@ -244,11 +244,13 @@ def test_damaged_artifacts_are_made_again(finished: Path, snakemake: Snakemake) 
     for index, name in enumerate([*ARTIFACTS, RESULT, f"data/experiments/{MODEL}_{BITS}bits.ppo.json"]):
         damage = DAMAGES[index % len(DAMAGES)]
         damage(a_file(finished / name))
-        if damage is not delete or (finished / name).is_dir():
-            damaged.append(name)
+        noticed = damage is not delete or (finished / name).is_dir()
         if index % 2:
             damage = DAMAGES[index // 2 % len(DAMAGES)]
             damage(finished / f"{name}.manifest.json")
+            noticed = noticed and damage is not delete  # without its manifest it is not made yet, to Snakemake too
+        if noticed:
+            damaged.append(name)
     done = snakemake(finished, RESULT)
     assert done.returncode == 0, done.stdout[-5000:]
     for name in damaged:

@@ -36,7 +36,7 @@ def test_the_budgets_have_a_table_and_a_picture(studied: Path) -> None:
 
 
 def test_a_seed_of_its_own_is_a_search_of_its_own(studied: Path, snakemake: Snakemake) -> None:
-    done = snakemake(studied, "-n", RESULT, RESULT.replace(".json", ".ppo-7.json"))
+    done = snakemake(studied, "-np", RESULT, RESULT.replace(".json", ".ppo-7.json"))
     jobs = planned(done.stdout)
     assert jobs["search"] == jobs["allocation"] == jobs["result"] == 1
     assert "bank" not in jobs
