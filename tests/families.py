@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.checkpoint.making import tiny
-from windquant import bank, compute, models, statistics, step
+from windquant import bank, compute, memory, models, statistics, step
 from windquant.plan import Plan
 from windquant.units import Linear
 
@@ -147,3 +147,8 @@ def prepare(folder: Path, model: Path, **settings: Any) -> Prepared:
     chosen = {"chunk": 32, "protected": 0.03, "treatment": "scalar", "window": WINDOW} | settings
     run(bank, made.bank, made.inputs("model", "statistics"), **chosen)
     return made
+
+
+def memory_for(size: float) -> str:
+    """What memory.LIMIT has to be for weights of `size` bytes to fit just so."""
+    return str((size + memory.REST) / memory.SHARE / memory.GIB)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.checkpoint.making import ARCHITECTURES, make
-from tests.families import Prepared, in_float32, prepare, run, save_calibration, token_ids, uniform
+from tests.families import Prepared, in_float32, memory_for, prepare, run, save_calibration, token_ids, uniform
 from windquant import checkpoint, decoder, memory, quantize, recovery, step, streaming
 from windquant.checkpoint.rewriting import rewrite
 from windquant.layerwise import Streamed
@@ -176,7 +176,7 @@ def test_auto_takes_the_whole_model_where_it_fits(
 ) -> None:
     size = memory.RECOVERY * streaming.open_source(three[0].model).parameters
     for room, scope in ((1.1 * size, "model"), (0.9 * size, "layers")):
-        monkeypatch.setenv(memory.LIMIT, str(memory.needed(room) / memory.GIB))
+        monkeypatch.setenv(memory.LIMIT, memory_for(room))
         assert notes(recover(three, tmp_path / scope, steps=1))["scope"] == scope
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.families import Prepared, in_float32, prepare, uniform
+from tests.families import Prepared, in_float32, memory_for, prepare, uniform
 from windquant import calibration, memory, models, streaming
 from windquant.bank import Bank
 from windquant.decoder import decoder_layers
@@ -132,7 +132,7 @@ def test_where_model_and_noise_do_not_fit_they_are_streamed(
 ) -> None:
     size = 2 * 4 * sum(parameter.numel() for parameter in meter.model.parameters())  # weights and noise, float32
     for room, whole in ((1.1 * size, True), (0.9 * size, False)):
-        monkeypatch.setenv(memory.LIMIT, str(memory.needed(room) / memory.GIB))
+        monkeypatch.setenv(memory.LIMIT, memory_for(room))
         assert hasattr(make(prepared).model, streaming.SOURCE) != whole
 
 

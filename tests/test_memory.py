@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.families import memory_for
 from windquant import memory
 from windquant.errors import WindquantError
 
@@ -15,10 +16,10 @@ def test_a_limit_of_the_user_counts_where_it_is_less(monkeypatch: pytest.MonkeyP
     assert 0 < memory.total() <= MACHINE
     monkeypatch.setenv(memory.LIMIT, "0.5")
     assert memory.total() == memory.GIB // 2
-    monkeypatch.setenv(memory.LIMIT, str(memory.needed(1e6) / memory.GIB))
+    monkeypatch.setenv(memory.LIMIT, memory_for(1e6))
     assert memory.fits(0.99e6)
     assert not memory.fits(1.01e6)
-    assert memory.fits(1.01e6, 1.1 * memory.needed(1e6))
+    assert memory.fits(1.01e6, 1.1 * float(memory_for(1e6)) * memory.GIB)
     monkeypatch.setenv(memory.LIMIT, "1e9")
     assert memory.total() <= MACHINE
     monkeypatch.setenv(memory.LIMIT, "16GB")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from tests.families import memory_for
 from windquant import calibration, memory, models, step, streaming
 from windquant.articles import Article
 from windquant.decoder import decoder_layers
@@ -118,7 +119,7 @@ def test_a_streamed_model_scores_the_same_with_one_layer_in_memory(
 ) -> None:
     whole = evaluate(tiny_model_folder, artifact, tmp_path / "whole.json", "--limit", "12")
     size = 4 * streaming.open_source(tiny_model_folder).parameters
-    monkeypatch.setenv(memory.LIMIT, str(memory.needed(0.9 * size) / memory.GIB))
+    monkeypatch.setenv(memory.LIMIT, memory_for(0.9 * size))
     most = []
     call = LlamaDecoderLayer.forward
 

@@ -18,12 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from windquant import step, streaming
+from windquant import step, streaming, tensor_file
 from windquant.errors import WindquantError
 from windquant.feedback import column_order
 from windquant.packed import fixed_bytes, unit_bytes
@@ -145,7 +143,7 @@ class Bank:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
+        arrays = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in ARRAYS}
         document = {
             "format": FORMAT,
             "model": self.model,
@@ -155,19 +153,18 @@ class Bank:
             "fixed_bytes": self.fixed_bytes,
             "units": asdict(self.units),
         }
-        save_file(arrays, path, {"bank": json.dumps(document)})  # one key: safetensors shuffles several
+        tensor_file.save(path, arrays, "bank", document)
 
     @classmethod
     def load(cls, path: Path) -> "Bank":
         try:
-            with safe_open(path, framework="np") as file:
-                document = json.loads(file.metadata()["bank"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, document = tensor_file.load(path, "bank")
             if document.pop("format") != FORMAT:
                 raise WindquantError(f"{path}: bank of another version; delete it and run again")
             linears = [Linear(**linear) for linear in document.pop("linears")]
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
             return cls(**document | {"linears": linears, "units": Units(**document["units"])}, **arrays)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except tensor_file.UNREADABLE as error:
             raise WindquantError(f"{path}: not a readable bank ({error}); delete it and run again") from error
 
 

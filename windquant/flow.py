@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager
 from io import BufferedRandom
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from windquant import compute, decoder
+from windquant import compute, decoder, memory
 
 Precision = Callable[[], AbstractContextManager[object]]
 
@@ -80,7 +79,7 @@ class Flow:
     @staticmethod
     def large(size: int) -> bool:
         """Whether so many bytes of hidden states belong in a file."""
-        return size > SHARE * psutil.virtual_memory().available
+        return size > SHARE * memory.free()
 
     @torch.no_grad()
     def through(self, layer: nn.Module, index: int, keep: bool = True) -> None:

@@ -30,11 +30,6 @@ def fits(size: float, room: float | None = None) -> bool:
     return size + REST <= SHARE * (limit() if room is None else room)
 
 
-def needed(size: float) -> float:
-    """The least memory in which weights of `size` bytes fit."""
-    return (size + REST) / SHARE
-
-
 def limit() -> int:
     """Bytes that a step may count on: of this machine, and of its GPU where torch computes with one."""
     found = total()

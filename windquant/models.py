@@ -112,7 +112,7 @@ def check_folder(folder: Path) -> int:
     count = 0
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as content:
-            for name in content.keys():  # noqa: SIM118 (not a dict)
+            for name in sorted(content.keys()):
                 tensor = content.get_tensor(name)
                 check_finite([(name, tensor)], file)
                 count += tensor.numel()

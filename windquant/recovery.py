@@ -11,7 +11,6 @@ rounding costs is trained away, and the checkpoint takes exactly as many bytes a
 Where original and quantized model do not fit into memory together, the same steps go layer by layer (layerwise.py).
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from windquant import atomic, calibration, compute, memory, models, presets, step, streaming
+from windquant import atomic, calibration, compute, memory, models, presets, step, streaming, tensor_file
 from windquant.checkpoint.linear import PackedLinear
 from windquant.checkpoint.rewriting import rewrite
 from windquant.errors import WindquantError
@@ -78,10 +75,10 @@ def run(task: step.Task, settings: Settings) -> None:
                 f"out of GPU memory with one layer ({reason}); use a GPU with more, or the CPU"
             ) from error
         print(f"out of GPU memory ({reason}): again layer by layer", file=sys.stderr, flush=True)
+    if found is None:  # outside of `except`: the error holds what filled the GPU
         scope = "layers"
-    changes, before, after, curve = found or recovered(
-        scope
-    )  # outside of `except`: the error holds what filled the GPU
+        found = recovered(scope)
+    changes, before, after, curve = found
     task.metrics({"divergence_before": before, "divergence_after": after}, None)
     # a diverged or useless tuning is dropped whole
     measured = rewrite(quantized, task.output, changes if after < before else {})
@@ -184,7 +181,7 @@ def _save(folder: Path, curve: list[float], parameters: Mapping[str, Tensor], op
     for name, value in parameters.items():
         tensors |= {f"{key}:{name}": entry for key, entry in optimizer.state[value].items()}
     with atomic.output(folder / "state.safetensors") as path:
-        save_file(tensors, path, {"curve": json.dumps(curve)})
+        tensor_file.save(path, tensors, "curve", curve)
 
 
 def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> list[float]:
@@ -193,10 +190,8 @@ def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.opt
     if not path.exists():
         return []
     try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            curve: list[float] = json.loads(file.metadata()["curve"])
-    except (OSError, SafetensorError):  # damaged on the disk: start over
+        tensors, curve = tensor_file.load(path, "curve")
+    except tensor_file.UNREADABLE:  # damaged on the disk: start over
         return []
     for name, value in parameters.items():
         value.data.copy_(tensors[f"value:{name}"])

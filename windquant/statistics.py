@@ -14,18 +14,15 @@ layer in memory, backward for the Fisher weights, with each layer computed anew 
 has left in a file.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from windquant import calibration, compute, decoder, step, streaming
+from windquant import calibration, compute, decoder, step, streaming, tensor_file
 from windquant.errors import WindquantError
 from windquant.feedback import factor
 from windquant.flow import Activations, Flow
@@ -50,20 +47,19 @@ class Statistics:
         tensors = {f"energy:{name}": value for name, value in self.energy.items()}
         tensors |= {f"conditional:{name}": value for name, value in self.conditional.items()}
         tensors |= {f"fisher:{name}": value for name, value in self.fisher.items()}
-        save_file(tensors, path, {"linears": json.dumps([asdict(linear) for linear in self.linears])})
+        tensor_file.save(path, tensors, "linears", [asdict(linear) for linear in self.linears])
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
         parts: dict[str, dict[str, Tensor]] = {"energy": {}, "conditional": {}, "fisher": {}}
         try:
-            with safe_open(path, framework="pt") as file:
-                linears = json.loads(file.metadata()["linears"])
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    kind, name = key.split(":", 1)
-                    parts[kind][name] = file.get_tensor(key)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            tensors, linears = tensor_file.load(path, "linears")
+            for key, tensor in tensors.items():
+                kind, name = key.split(":", 1)
+                parts[kind][name] = tensor
+            return cls([Linear(**linear) for linear in linears], **parts)
+        except tensor_file.UNREADABLE as error:
             raise WindquantError(f"{path}: not readable statistics ({error}); delete it and run again") from error
-        return cls([Linear(**linear) for linear in linears], **parts)
 
 
 def run(task: step.Task, settings: Settings) -> None:

@@ -9,16 +9,32 @@ from transformers import AutoModelForCausalLM
 
 from tests.checkpoint.making import Made
 from windquant.__main__ import main
+from windquant.result_file import ARTIFACTS, LEARNED, STEPS
 
 
 def result_of(made: Made, folder: Path, **changes: Any) -> Path:
     path = folder / "result.json"
+    steps = [step for step, artifact in STEPS.items() if artifact not in LEARNED]
     found = {
         "model": made.plan.model,
-        "allocator": made.plan.allocator,
+        "target_bits": 16.0,
         "effective_bits": made.measured.effective_bits,
+        "checkpoint_bits": made.measured.checkpoint_bits,
+        "allocator": made.plan.allocator,
         "perplexity": {"wikipedia": {"original": 19.0, "before_recovery": 41.0, "quantized": 31.69}},
         "zero_shot": {"cloze": {"original": 0.567, "quantized": 0.48, "stderr": 0.04, "samples": 150}},
+        "zero_shot_average": {"original": 0.567, "quantized": 0.48},
+        "actions": {"trellis-2": 1.0},
+        "protected_fraction": 0.0,
+        "fallback": False,
+        "seed": 0,
+        "seconds": dict.fromkeys(steps, 1.0),
+        "peak_memory_bytes": {step: {"host": 1, "gpu": 0} for step in steps},
+        "versions": {"python": "3.11"},
+        "git_commit": None,
+        "config_sha256": "0" * 64,
+        "data": dict.fromkeys(ARTIFACTS, "0" * 64),
+        "mlflow_run_id": None,
     }
     path.write_text(json.dumps(found | changes))
     return path

@@ -1,15 +1,13 @@
 """A search's state on disk: tensors as safetensors, the rest as JSON, in one file that is replaced as a whole."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from windquant import tensor_file
 from windquant.allocation import features
 
 FORMAT = f"1.{features.VERSION}"
@@ -20,7 +18,7 @@ def save(path: Path, tensors: dict[str, torch.Tensor | NDArray[Any]], document: 
     packed = {name: torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value).contiguous().clone()
               for name, value in tensors.items()}  # fmt: skip
     beside = path.with_name(path.name + ".new")
-    save_file(packed, beside, {"format": FORMAT, "document": json.dumps(document)})
+    tensor_file.save(beside, packed, FORMAT, document)
     beside.replace(path)
 
 
@@ -29,14 +27,9 @@ def load(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                return None
-            document = json.loads(metadata["document"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, ValueError):
-        return None  # half a file: start over
+        tensors, document = tensor_file.load(path, FORMAT)
+    except tensor_file.UNREADABLE:
+        return None  # half a file, or of another format: start over
     return (tensors, document) if document.get("key") == key else None
 
 

@@ -4,7 +4,6 @@ One safetensors file: the policy's tensors, the loss model that it was trained i
 made for. A policy reads features of its own version only, and makes plans from its own bank only.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from windquant import tensor_file
 from windquant.allocation import layers
 from windquant.allocation.budget import Choice, fill, limit
 from windquant.allocation.features import VERSION, corrections, unit_features
@@ -118,16 +116,13 @@ class Learned:
         document = {"format": FORMAT, **asdict(replace(self, tensors={}))}
         for name in ("weights", "told", "tensors"):
             del document[name]
-        contiguous = {name: value.contiguous().clone() for name, value in (arrays | tensors).items()}
-        save_file(contiguous, path, {"search": json.dumps(document)})  # one key: safetensors shuffles several
+        tensor_file.save(path, {name: value.clone() for name, value in (arrays | tensors).items()}, "search", document)
 
     @classmethod
     def load(cls, path: Path) -> "Learned":
         """Raises WindquantError for a file that is no search, or of another version."""
         try:
-            with safe_open(path, framework="pt") as file:
-                document = json.loads(file.metadata()["search"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, document = tensor_file.load(path, "search")
             found = document.pop("format")
             if (found, document["version"]) != (FORMAT, VERSION):
                 raise WindquantError(
@@ -138,5 +133,5 @@ class Learned:
             policy = {name.removeprefix("policy/"): value for name, value in tensors.items()}
             document["targets"] = tuple(document["targets"])
             return cls(**document, weights=weights, told=told, tensors=policy)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except tensor_file.UNREADABLE as error:
             raise WindquantError(f"{path}: not a readable search ({error!r}); delete it and run again") from error

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,9 +20,6 @@ from windquant.errors import WindquantError
 from windquant.packed import Layout, unpack_order
 from windquant.plan import Plan
 from windquant.quantizers import actions
-
-if TYPE_CHECKING:
-    pass
 
 AGAIN = "quantize the model again"
 
@@ -70,7 +67,7 @@ def read(folder: Path) -> Packed:
     parameters = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
+            for name in sorted(opened.keys()):
                 linear, _, key = name.rpartition(".")
                 if linear in layouts and key != "bias":
                     tensors[linear][key] = opened.get_tensor(name)

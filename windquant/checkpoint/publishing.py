@@ -4,13 +4,12 @@ python -m windquant publish data/checkpoints/NAME/quantized user/name --result r
 """
 
 import argparse
-import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from windquant import result_file
 from windquant.checkpoint.card import card
 from windquant.checkpoint.files import check, check_plan, measure, read_config
 from windquant.checkpoint.header import weight_files
@@ -44,7 +43,7 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
     plan = Plan.load(checkpoint / "plan.json")
     check_plan(layouts, plan, checkpoint / "plan.json")
     measured = measure(checkpoint)
-    found = read_result(result)
+    found = result_file.load(result)
     same = (found["model"], found["allocator"], found["effective_bits"])
     if same != (plan.model, plan.allocator, measured.effective_bits):
         raise WindquantError(
@@ -54,16 +53,6 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*"))
     text = card(plan, layouts, measured.effective_bits, measured.checkpoint_bits, measured.measured_bytes, found)
     (folder / "README.md").write_text(text)
-
-
-def read_result(path: Path) -> Mapping[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        if missing := {"model", "allocator", "effective_bits", "perplexity", "zero_shot"} - found.keys():
-            raise WindquantError(f"{path}: lacks {sorted(missing)[0]}; give a JSON of the workflow's results/")
-    except (OSError, ValueError, AttributeError) as error:
-        raise WindquantError(f"{path}: not a readable result ({error}); give a JSON of results/") from error
-    return found
 
 
 def upload(folder: Path, repository: str, private: bool) -> None:
