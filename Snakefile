@@ -48,6 +48,8 @@ wildcard_constraints:
     change=r"(_[a-z][a-z0-9]*)?",
     ablation=r"[a-z0-9]+",
     stage="before_recovery|quantized",
+    task=r"((?!\.json)[^/])+",
+    part=r"[1-9]\d*",
 
 
 localrules:

@@ -64,6 +64,38 @@ def any_choice(bank: Bank, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(len(bank.actions), size=len(bank.linear))
 
 
+# -- parts
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 12))
+def test_parts_are_the_whole(rows: list[int], jobs: int) -> None:
+    linears = [linear(f"w{i}", count, 75) for i, count in enumerate(rows)]
+    statistics = statistics_for(linears, covariance_of(75))
+    weights = {one.name: torch.randn(one.rows, 75) for one in linears}
+
+    def bank(some: list[Linear]) -> Bank:
+        return make("tiny", [(one, weights[one.name]) for one in some], statistics, Units(32, 0.04, WINDOW), NAMES)
+
+    shares = [module.share(linears, part, jobs) for part in range(1, jobs + 1)]
+    assert [one for some in shares for one in some] == linears
+    joined = module.join([bank(some) for some in shares], linears)
+    assert joined.sha256 == bank(linears).sha256
+    if jobs <= len(set(rows)) == 1:  # linears that are alike
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_parts_of_other_banks_are_refused() -> None:
+    linears = [linear("q", 30, 75, "q"), linear("k", 12, 75, "q")]
+    bank = tiny_bank()
+    with pytest.raises(WindquantError, match="--parts: not all parts of one bank"):
+        module.join([bank, bank], linears)
+    with pytest.raises(WindquantError, match="--parts"):
+        module.join([tiny_bank(order="natural"), tiny_bank()], linears * 2)
+    with pytest.raises(WindquantError, match="--part 3: give 1 to --jobs, 2"):
+        module.share(linears, 3, 2)
+
+
 # -- geometry
 
 

@@ -84,12 +84,18 @@ def perplexity(value: float, tokens: int = 1023) -> Callable[[step.Task], None]:
     return text(json.dumps({"wikipedia": {"perplexity": value, "tokens": tokens, "context": 1024}}))
 
 
-def zero_shot(accuracy: float, samples: int = 100) -> Callable[[step.Task], None]:
-    tasks = {"cloze": accuracy, "next_sentence": accuracy + 0.1}
-    scores = {
-        name: {"accuracy": value, "stderr": 0.04, "samples": samples, "metric": "acc"} for name, value in tasks.items()
-    }
-    return text(json.dumps(scores))
+TASKS = {"cloze": 0.0, "next_sentence": 0.1}  # and how much easier than the first they are
+
+
+def zero_shot(output: str, accuracy: float, samples: int = 100, **inputs: str) -> list[str]:
+    """The evaluations of a checkpoint, one per task."""
+    made = []
+    for name, easier in TASKS.items():
+        scores = {name: {"accuracy": accuracy + easier, "stderr": 0.04, "samples": samples, "metric": "acc"}}
+        made.append(
+            make("zero_shot", f"{output}.{name}", text(json.dumps(scores)), **inputs, calibration="calibration")
+        )
+    return made
 
 
 def save_plan(allocator: str, target: float) -> Callable[[step.Task], None]:
@@ -102,9 +108,12 @@ def save_plan(allocator: str, target: float) -> Callable[[step.Task], None]:
     return write
 
 
-def chain(allocator: str = "ppo", quantized: float = 50.0, target: float = 2.0) -> dict[str, str]:
+Inputs = dict[str, str | list[str]]
+
+
+def chain(allocator: str = "ppo", quantized: float = 50.0, target: float = 2.0) -> Inputs:
     """All artifacts of one experiment."""
-    found = {"model": make("model", "model", checkpoint(2000))}
+    found: Inputs = {"model": make("model", "model", checkpoint(2000))}
     found["calibration"] = make("calibration", "calibration", checkpoint(10), model="model")
     shared = {"model": "model", "calibration": "calibration"}
     found["statistics"] = make("statistics", "statistics", text("s"), **shared)
@@ -123,16 +132,21 @@ def chain(allocator: str = "ppo", quantized: float = 50.0, target: float = 2.0) 
     name = f"{allocator}.p"
     found["perplexity_before_recovery"] = make("perplexity", name + "1", perplexity(120.0), checkpoint=before, **data)
     found["perplexity_quantized"] = make("perplexity", name + "2", perplexity(quantized), checkpoint=after, **data)
-    found["zero_shot_original"] = make("zero_shot", "z0", zero_shot(0.5), checkpoint="model", **data)
-    found["zero_shot_quantized"] = make("zero_shot", f"{allocator}.z", zero_shot(0.375), checkpoint=after, **data)
+    found["zero_shot_original"] = zero_shot("z0", 0.5, checkpoint="model")
+    found["zero_shot_quantized"] = zero_shot(f"{allocator}.z", 0.375, checkpoint=after)
     return found
 
 
-def assemble(inputs: dict[str, str], output: str = "results/r.json", *argv: str) -> dict[str, Any]:
-    flags = [part for name, path in inputs.items() for part in ("--" + name.replace("_", "-"), path)]
-    step.main(
-        "result", result.run, result.Settings, tuple(inputs), argv=[*flags, "--output", output, *argv], light=True
-    )
+def assemble(inputs: Inputs, output: str = "results/r.json", *argv: str) -> dict[str, Any]:
+    several = {name: paths for name, paths in inputs.items() if isinstance(paths, list)}
+    flags = [
+        part
+        for name, paths in inputs.items()
+        if paths
+        for part in ("--" + name.replace("_", "-"), *several.get(name, [str(paths)]))
+    ]
+    names = [f"{name}{'*' * (name in several)}" for name in inputs]
+    step.main("result", result.run, result.Settings, names, argv=[*flags, "--output", output, *argv], light=True)
     return result_file.load(Path(output))
 
 
@@ -147,7 +161,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Assemble and return the error line."""
 
-    def run(inputs: dict[str, str]) -> str:
+    def run(inputs: Inputs) -> str:
         with pytest.raises(SystemExit) as caught:
             assemble(inputs)
         assert caught.value.code == 2
@@ -175,11 +189,37 @@ def test_every_key_is_measured() -> None:
     assert found["data"]["quantized"] == manifest.output["sha256"]
     assert found["versions"] == manifest.versions
     assert set(found["seconds"]) == set(found["peak_memory_bytes"]) == set(result_file.STEPS)
+    tasks = [Manifest.load(Path(f"ppo.z.{name}")) for name in TASKS]
+    assert found["seconds"]["zero_shot_quantized"] == pytest.approx(sum(task.seconds for task in tasks))
+    assert found["peak_memory_bytes"]["zero_shot_quantized"]["host"] == max(
+        task.peak_memory_bytes["host"] for task in tasks
+    )
     assert "search" in found["data"]
     notes = Manifest.load(Path("results/r.json")).notes
     assert notes == {"checkpoint_bytes": SIZE, "original_fp16_bytes": 4 * SIZE}  # 4 bits instead of 16
     again = assemble(inputs, "results/again.json", "--config-sha256", "a" * 64)
     assert again == found
+
+
+def test_a_shared_bank_counts_its_jobs() -> None:
+    inputs = chain()
+    parts = [make("bank", f"bank.{i}", text(f"{i}"), model="model", statistics="statistics") for i in range(2)]
+    made = ["--model", "model", "--statistics", "statistics", "--parts", *parts, "--output", "bank"]
+    step.main("bank", lambda task, _: text("b")(task), Units, ("model", "statistics", "parts*"), argv=made, light=True)
+    jobs = [Manifest.load(Path(path)) for path in ("bank", *parts)]
+    assert assemble(inputs)["seconds"]["bank"] == pytest.approx(sum(job.seconds for job in jobs))
+
+
+def test_without_zero_shot_tasks() -> None:
+    found = assemble(chain() | {"zero_shot_original": [], "zero_shot_quantized": []})
+    assert (found["zero_shot"], found["zero_shot_average"]) == ({}, {"original": None, "quantized": None})
+    assert found["seconds"]["zero_shot_original"] == found["peak_memory_bytes"]["zero_shot_quantized"]["gpu"] == 0
+
+
+def test_every_task_must_belong_to_the_checkpoint(fails: Callable[..., str]) -> None:
+    inputs = chain()
+    zero_shot("ppo.z", 0.375, checkpoint="model")
+    assert "error: ppo.z.cloze: made from another ppo.after; delete it and run again" in fails(inputs)
 
 
 def test_configuration_digest_of_the_settings() -> None:
@@ -218,7 +258,7 @@ def test_evaluations_must_be_on_the_same_data(fails: Callable[..., str]) -> None
     make("perplexity", "p0", perplexity(19.4, tokens=7), checkpoint="model", calibration="calibration")
     assert "perplexity was measured on different data (tokens" in fails(inputs)
     inputs = chain()
-    make("zero_shot", "z0", zero_shot(0.5, samples=7), checkpoint="model", calibration="calibration")
+    zero_shot("z0", 0.5, samples=7, checkpoint="model")
     assert "zero-shot accuracy was measured on different data (samples" in fails(inputs)
 
 
@@ -231,7 +271,7 @@ def test_what_is_missing_is_named(fails: Callable[..., str]) -> None:
     inputs = chain()
     make("recovery", "ppo.after", checkpoint(SIZE), checkpoint="ppo.before")
     make("perplexity", "ppo.p2", perplexity(50.0), checkpoint="ppo.after")
-    make("zero_shot", "ppo.z", zero_shot(0.375), checkpoint="ppo.after")
+    zero_shot("ppo.z", 0.375, checkpoint="ppo.after")
     assert "ppo.after: its manifest has no notes.measured_bytes" in fails(inputs)
     inputs = chain()
     Path("ppo.after.manifest.json").unlink()
@@ -279,7 +319,8 @@ def test_settings_of_the_search_are_parameters_of_ppo_only() -> None:
     ppo, greedy = (
         set(
             result.parameters_of(
-                {name: Manifest.load(Path(path)) for name, path in chain(allocator).items()}, allocator
+                {name: Manifest.load(Path(path)) for name, path in chain(allocator).items() if isinstance(path, str)},
+                allocator,
             )
         )
         for allocator in ("ppo", "greedy")

@@ -1,6 +1,8 @@
 """Bank: for every unit and action the predicted loss increase and the exact storage cost.
 
     python -m windquant.bank --model DIR --statistics FILE --output FILE.safetensors
+    python -m windquant.bank ... --jobs 4 --part 1     # the first quarter of the linears, in a job of its own
+    python -m windquant.bank ... --jobs 4 --parts FILE FILE FILE FILE
 
     loss increase of a unit = 1/2 sum_r fisher_r error_r
 
@@ -10,8 +12,8 @@ up for it (see statistics.py). Units are independent of each other.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +44,8 @@ class Settings:
     treatment: Literal["scalar", "trellis", "mixed"] = "trellis"  # how widths are reached
     order: Literal["saliency", "natural"] = "saliency"  # of the columns
     window: int = 12  # bits of the trellis state; the search keeps 2^window states (8, 10 or 12)
+    jobs: int = 1  # of the workflow that share the bank, for nodes of a cluster; the bank is the same
+    part: int = 0  # of the jobs, the one whose part is made, from 1 (0 = all)
 
 
 @dataclass(frozen=True)
@@ -174,12 +178,38 @@ def run(task: step.Task, settings: Settings) -> None:
     stored = AutoConfig.from_pretrained(task.inputs["model"], trust_remote_code=False, local_files_only=True)
     original = "float16" if stored.get_text_config().dtype == torch.float16 else "bfloat16"  # not that of `model`
     units = Units(settings.chunk, settings.protected, settings.window, settings.order, original)
-    progress = task.progress(statistics.linears, label="bank")
-    weights = ((linear, source.parameter(f"{linear.name}.weight")) for linear in progress)
-    bank = make(task.inputs["model"].name, weights, statistics, units, menu(settings.treatment))
+    linears = share(statistics.linears, settings.part, settings.jobs) if settings.part else statistics.linears
+    if parts := task.files.get("parts"):
+        bank = join([Bank.load(path) for path in parts], linears)
+    else:
+        progress = task.progress(linears, label="bank")
+        weights = ((linear, source.parameter(f"{linear.name}.weight")) for linear in progress)
+        bank = make(task.inputs["model"].name, weights, statistics, units, menu(settings.treatment))
     bank.save(task.output)
     task.note("units", len(bank.linear))
     task.note("lowest_bits", bank.lowest_bits())
+
+
+def share(linears: Sequence[Linear], part: int, jobs: int) -> list[Linear]:
+    """The linears of the `part`-th of so many jobs, from 1: consecutive ones, of about equal weight together."""
+    if not 1 <= part <= jobs:
+        raise WindquantError(f"--part {part}: give 1 to --jobs, {jobs}")
+    ends = np.cumsum([linear.weights for linear in linears])
+    middles = ends - np.array([linear.weights for linear in linears]) / 2
+    return [linear for linear, at in zip(linears, middles, strict=True) if int(jobs * at / ends[-1]) == part - 1]
+
+
+def join(parts: Sequence[Bank], linears: Sequence[Linear]) -> Bank:
+    """The bank of consecutive parts, which must be those of `linears`."""
+    first = parts[0]
+    alike = all((part.model, part.actions, part.units) == (first.model, first.actions, first.units) for part in parts)
+    if not alike or [linear for part in parts for linear in part.linears] != list(linears):
+        raise WindquantError("--parts: not all parts of one bank, in their order; delete them and run again")
+    starts = np.cumsum([0, *(len(part.linears) for part in parts[:-1])])
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    offsets = np.repeat(starts, [len(part.linear) for part in parts])
+    arrays["linear"] = (arrays["linear"] + offsets).astype(np.int32)
+    return replace(first, linears=list(linears), fixed_bytes=sum(part.fixed_bytes for part in parts), **arrays)
 
 
 def make(
@@ -220,8 +250,8 @@ def make(
         position=np.array(columns["position"], np.int32),
         width=np.array(columns["width"], np.int32),
         energy=np.array(columns["energy"], np.float64),
-        errors=np.array(columns["errors"], np.float64),
-        bytes=np.array(columns["bytes"], np.int64),
+        errors=np.array(columns["errors"], np.float64).reshape(-1, len(names)),
+        bytes=np.array(columns["bytes"], np.int64).reshape(-1, len(names)),
         fixed_bytes=sum(fixed_bytes(linear, form) for linear in linears),
         units=units,
     )
@@ -244,4 +274,4 @@ def unit_errors(chunk: Tensor, conditional: Tensor, fisher: Tensor, entries: lis
 
 
 if __name__ == "__main__":
-    step.main("bank", run, Settings, inputs=("model", "statistics"))
+    step.main("bank", run, Settings, inputs=("model", "statistics", "parts*"))

@@ -54,7 +54,7 @@ STEPS = {
     "model": Step("windquant.models", "model"),
     "calibration": Step("windquant.calibration", "calibration"),
     "statistics": Step("windquant.statistics", "statistics"),
-    "bank": Step("windquant.bank", "units"),
+    "bank": Step("windquant.bank", "units", arguments=("part",)),
     "search": Step("windquant.search", "search", arguments=("per",)),
     "allocation": Step("windquant.allocation", "search", arguments=("allocator", "target_bits", "transfer")),
     "quantize": Step("windquant.quantize", "quantize"),

@@ -159,7 +159,8 @@ class Costs:
     def bank(self) -> Need:
         s = self.shape
         largest = max(rows * columns for rows, columns in s.linears)
-        return self.need(s.weights * 128 / self.machine.products + self.reading, 8 * largest, 200 * self.units)
+        jobs = self.settings["units"]["jobs"]  # side by side
+        return self.need((s.weights * 128 / self.machine.products + self.reading) / jobs, 8 * largest, 200 * self.units)
 
     @property
     def units(self) -> int:
@@ -251,11 +252,13 @@ class Costs:
         return self.need(self.tested * (self.token + self.head) / self.machine.products + loading, self.resident + held)
 
     def zero_shot(self, packed: bool) -> Need:
-        """In batches of 8, or of 32 where each of them reads the model."""
+        """All tasks; each is a job of its own. In batches of 8, or of 32 where each of them reads the model."""
+        jobs = len(self.settings["evaluation"]["tasks"])
         whole = self.fits(self.whole)
         batches = 0 if whole else self.answered / (32 * 100)
-        loading = max(1, batches) * self.decoding if packed else batches * self.reading
+        loading = max(jobs, batches) * self.decoding if packed else batches * self.reading
         held = (self.whole + (self.packed if packed else 0)) if whole else self.resident
         logits = (8 if whole else 32) * 512 * FLOAT * self.shape.vocabulary
-        seconds = self.answered * (self.token + self.head) / self.machine.fast
+        starting = (jobs - 1) * self.machine.start
+        seconds = starting + self.answered * (self.token + self.head) / self.machine.fast
         return self.need(seconds + loading, held + logits, streamed=not whole)

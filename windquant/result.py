@@ -1,14 +1,15 @@
 """The result of one experiment: everything measured, in one JSON file.
 
 Nothing is computed here: the plan, the manifests and the evaluations are put together, checked against each other
-and against the schema of `result_file`, and logged on the experiment's parent run.
+and against the schema of `result_file`, and logged on the experiment's parent run. What several jobs have made has
+a manifest of each: `zero_shot_original.0` is of the first task, `bank.0` of the first part of a bank that was shared.
 """
 
 import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,14 @@ class Settings:
 
 
 def run(task: "Task", settings: Settings) -> None:
-    manifests = {name: Manifest.load(path) for name, path in task.inputs.items()}
+    tasks = {f"{name}.{i}": path for name, paths in task.files.items() for i, path in enumerate(paths)}
+    manifests = {name: Manifest.load(path) for name, path in (task.inputs | tasks).items()}
+    shared = [Path(entry["path"]) for name, entry in manifests["bank"].inputs.items() if name.startswith("parts.")]
+    manifests |= {f"bank.{i}": Manifest.load(path) for i, path in enumerate(shared)}
     check_chain(manifests)
     plan = Plan.load(task.inputs["plan"])
-    evaluations = {name: _evaluation(task.inputs[name]) for name in (*PERPLEXITIES, *ZERO_SHOTS)}
+    evaluations = {name: _evaluation([task.inputs[name]]) for name in PERPLEXITIES}
+    evaluations |= {name: _evaluation(task.files[name]) for name in ZERO_SHOTS}
     result = assemble(plan, manifests, evaluations, settings.config_sha256, task.tracker.parent_id)
     validate(result)
     task.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -67,7 +72,7 @@ def track(task: "Task", plan: Plan, result: Mapping[str, Any], manifests: Mappin
 
 def parameters_of(manifests: Mapping[str, Manifest], allocator: str) -> dict[str, Any]:
     """Every setting of every step, `<step>.<setting>`: the MLflow UI shows where experiments differ."""
-    settings = {step: manifests[source].settings for step, source in STEPS.items() if source in manifests}
+    settings = {step: _settings(found) for step, source in STEPS.items() if (found := parts(manifests, source))}
     if allocator not in MEASURING:  # they do not read the settings of the search
         settings["allocation"] = {"allocator": allocator}
     return {f"{step}.{name}": value for step, values in settings.items() for name, value in values.items()}
@@ -82,7 +87,11 @@ def assemble(
 ) -> dict[str, Any]:
     """The result; WindquantError where what was measured contradicts the plan or each other."""
     quantized = manifests["quantized"]
-    sources = {step: manifests[source] for step, source in STEPS.items() if source in manifests}
+    sources = {
+        step: parts(manifests, source)
+        for step, source in STEPS.items()
+        if source in manifests or source in ZERO_SHOTS  # which may have no task
+    }
     check_bytes(plan, quantized)
     return {
         "model": plan.model,
@@ -96,8 +105,11 @@ def assemble(
         "protected_fraction": _setting(manifests["bank"], "protected"),
         "fallback": plan.fallback,
         "seed": plan.seed,
-        "seconds": {step: manifest.seconds for step, manifest in sources.items()},
-        "peak_memory_bytes": {step: manifest.peak_memory_bytes for step, manifest in sources.items()},
+        "seconds": {step: round(sum(part.seconds for part in found), 3) for step, found in sources.items()},
+        "peak_memory_bytes": {
+            step: {kind: max((part.peak_memory_bytes[kind] for part in found), default=0) for kind in ("host", "gpu")}
+            for step, found in sources.items()
+        },
         # of the code that made the checkpoint, which another machine may have done
         "versions": quantized.versions,
         "git_commit": quantized.git_commit,
@@ -148,6 +160,11 @@ def check_bytes(plan: Plan, quantized: Manifest) -> None:
         )
 
 
+def parts(manifests: Mapping[str, Manifest], source: str) -> list[Manifest]:
+    """The manifests of an artifact or evaluation: one, or those of all jobs that made it."""
+    return [manifest for name, manifest in manifests.items() if name.partition(".")[0] == source]
+
+
 def check_chain(manifests: Mapping[str, Manifest]) -> None:
     """Every step must have read the very artifacts that stand in this result."""
     for name, manifest in manifests.items():
@@ -164,7 +181,7 @@ def _checkpoint_of(name: str) -> str:
     """Which artifact is the `checkpoint` input of the step that made `name`."""
     if name == "quantized":
         return "before_recovery"
-    checkpoint = name.removeprefix("perplexity_").removeprefix("zero_shot_")
+    checkpoint = name.partition(".")[0].removeprefix("perplexity_").removeprefix("zero_shot_")
     return "model" if checkpoint == "original" else checkpoint
 
 
@@ -181,12 +198,21 @@ def _check_same(what: str, evaluations: Mapping[str, Mapping[str, Any]], key: st
         raise WindquantError(f"{what} was measured on different data ({key}: {samples}); delete them and run again")
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WindquantError(f"{path}: not a readable evaluation ({error}); delete it and run again") from error
+def _evaluation(paths: Iterable[Path]) -> dict[str, Any]:
+    """What was measured of one checkpoint, all files together."""
+    document: dict[str, Any] = {}
+    for path in paths:
+        try:
+            document |= json.loads(path.read_text())
+        except (OSError, ValueError, TypeError) as error:
+            raise WindquantError(f"{path}: not a readable evaluation ({error}); delete it and run again") from error
     return document
+
+
+def _settings(found: Sequence[Manifest]) -> dict[str, Any]:
+    """The settings of a step's jobs, which differ in their tasks alone."""
+    tasks = [name for part in found for name in part.settings.get("tasks", ())]
+    return {**found[0].settings, **({"tasks": tasks} if tasks else {})}
 
 
 def _note(manifest: Manifest, key: str) -> Any:
@@ -208,5 +234,5 @@ def _find(manifest: Manifest, values: Mapping[str, Any], where: str, key: str) -
 if __name__ == "__main__":
     from windquant import step
 
-    names = (*ARTIFACTS, *(f"{name}?" for name in LEARNED), *PERPLEXITIES, *ZERO_SHOTS)
+    names = (*ARTIFACTS, *(f"{name}?" for name in LEARNED), *PERPLEXITIES, *(f"{name}*" for name in ZERO_SHOTS))
     step.main("result", run, Settings, inputs=names, light=True)

@@ -75,6 +75,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "calibration.length": {"minimum": 2},
     "calibration.context": {"minimum": 2},
     "units.chunk": {"minimum": 1},
+    "units.jobs": {"minimum": 1},
     "units.protected": {"minimum": 0, "maximum": 1},
     "recovery.steps": {"minimum": 0},
     "evaluation.windows": {"minimum": 0},

@@ -271,9 +271,11 @@ def child(
 
 
 def variant(step: str, output: Path | None) -> str:
-    """What tells a step's runs in one experiment apart: "quantized" of "m_2.0bits.ppo.quantized.STEP.json"."""
-    name, found, _ = (output.name if output else "").rpartition(f".{step}.json")
-    return name.rpartition(".")[2] if found else ""
+    """What tells a step's runs in one experiment apart: "quantized" of "m_2.0bits.ppo.quantized.STEP.json", and
+    "quantized cloze" of "m_2.0bits.ppo.quantized.STEP.cloze.json".
+    """
+    name, found, task = (output.name.removesuffix(".json") if output else "").rpartition(f".{step}")
+    return f"{name.rpartition('.')[2]} {task.removeprefix('.')}".strip() if found else ""
 
 
 def source_tags(commit: str | None, dirty: bool | None) -> dict[str, str]:

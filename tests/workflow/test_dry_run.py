@@ -23,8 +23,8 @@ CHAIN = {
     "recovery": 1,
     "perplexity_original": 1,
     "perplexity": 2,
-    "zero_shot_original": 1,
-    "zero_shot": 1,
+    "zero_shot_original": 2,
+    "zero_shot": 2,
     "result": 1,
 }
 
@@ -43,18 +43,27 @@ def folder(clone: Callable[[], Path]) -> Path:
 def test_chain_of_a_hub_model_without_network(folder: Path, snakemake: Snakemake) -> None:
     done = snakemake(folder, "-np", "results/llama2-7b_2.0bits.json")
     assert done.returncode == 0, done.stdout
-    assert planned(done.stdout) == CHAIN
+    assert planned(done.stdout) == CHAIN | {"zero_shot_original": 6, "zero_shot": 6}
+    assert "--tasks=winogrande" in done.stdout
     assert "--id=meta-llama/Llama-2-7b-hf" in done.stdout
     assert not (folder / "data").exists()
     assert not (folder / "resources").exists()
 
 
 def test_every_ready_model_has_a_chain(folder: Path, snakemake: Snakemake) -> None:
-    models = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["models"]
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    models = config["models"]
     assert {"smollm2-135m", "gemma3-270m", "llama2-7b", "llama3-8b", "llama3.2-1b", "llama3.2-3b"} < set(models)
     done = snakemake(folder, "-n", *(f"results/{name}_2.0bits.json" for name in models))
     assert done.returncode == 0, done.stdout
-    assert planned(done.stdout) == {name: count * len(models) for name, count in CHAIN.items()}
+    tasks = sum(len(entry.get("evaluation", config["evaluation"])["tasks"]) for entry in models.values())
+    chains = {name: count * len(models) for name, count in CHAIN.items()}
+    assert planned(done.stdout) == chains | {"zero_shot_original": tasks, "zero_shot": tasks}
+
+
+def test_several_jobs_share_a_bank(folder: Path, snakemake: Snakemake) -> None:
+    done = snakemake(folder, "-n", "results/smollm2-135m_2.0bits.json", "--config", "units={jobs: 3}")
+    assert planned(done.stdout) == CHAIN | {"bank_part": 3}
 
 
 def test_comparison_shares_the_steps_of_the_model(folder: Path, snakemake: Snakemake) -> None:

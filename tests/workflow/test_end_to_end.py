@@ -60,7 +60,7 @@ def test_second_call_has_nothing_to_do(finished: Path, snakemake: Snakemake) -> 
 
 def test_recovery_steps_rerun_recovery_and_evaluation_only(finished: Path, snakemake: Snakemake) -> None:
     jobs = again(finished, snakemake, RESULT, "--config", "recovery={steps: 3}")
-    assert jobs == {"recovery": 1, "perplexity": 1, "zero_shot": 1, "result": 1}
+    assert jobs == {"recovery": 1, "perplexity": 1, "zero_shot": 2, "result": 1}
 
 
 def test_another_budget_keeps_statistics_bank_and_search(finished: Path, snakemake: Snakemake) -> None:
@@ -84,6 +84,7 @@ def test_search_settings_rerun_the_plan_of_ppo_alone(finished: Path, snakemake: 
 def test_evaluation_settings_rerun_evaluations_only(finished: Path, snakemake: Snakemake) -> None:
     jobs = again(finished, snakemake, RESULT, "--config", "evaluation={windows: 3}")
     assert jobs == {"perplexity_original": 1, "perplexity": 2, "result": 1}
+    assert again(finished, snakemake, RESULT, "--config", "evaluation={tasks: [next_sentence]}") == {"result": 1}
 
 
 def test_comments_rerun_nothing_and_code_reruns_its_step(finished: Path, snakemake: Snakemake) -> None:
@@ -93,7 +94,7 @@ def test_comments_rerun_nothing_and_code_reruns_its_step(finished: Path, snakema
         path.write_text(code.replace('"""', '"""Edited. ', 1) + "\n\n# a comment\n")
         assert again(finished, snakemake, RESULT) == {}
         path.write_text(f"{code}\nUNUSED = 1\n")
-        assert again(finished, snakemake, RESULT) == {"recovery": 1, "perplexity": 1, "zero_shot": 1, "result": 1}
+        assert again(finished, snakemake, RESULT) == {"recovery": 1, "perplexity": 1, "zero_shot": 2, "result": 1}
     finally:
         path.write_text(code)
     assert again(finished, snakemake, RESULT) == {}
@@ -129,3 +130,14 @@ def test_bits_below_the_banks_lowest_are_refused(finished: Path, snakemake: Snak
     assert "lowest possible target" in errors[0]
     assert not (finished / target).exists()
     assert not (finished / f"data/plans/{MODEL}_1.0bits.greedy.json").exists()
+
+
+def test_several_jobs_make_the_same_bank(finished: Path, snakemake: Snakemake) -> None:
+    """The last one: it leaves a bank of other settings behind."""
+    bank = finished / "data" / "bank" / f"{MODEL}.safetensors"
+    before = bank.read_bytes()
+    target = (str(bank.relative_to(finished)), "--config", "units={jobs: 2}")
+    assert again(finished, snakemake, *target) == {"bank_part": 2, "bank": 1}
+    assert snakemake(finished, *target).returncode == 0
+    assert bank.read_bytes() == before
+    assert again(finished, snakemake, *target) == {}

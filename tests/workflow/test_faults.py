@@ -34,10 +34,10 @@ ARTIFACTS = [
     f"data/checkpoints/{MODEL}_{BITS}bits.ppo/before_recovery",
     f"data/checkpoints/{MODEL}_{BITS}bits.ppo/quantized",
     f"data/evaluation/{MODEL}.original.perplexity.json",
-    f"data/evaluation/{MODEL}.original.zero_shot.json",
+    *(f"data/evaluation/{MODEL}.original.zero_shot.{task}.json" for task in ("cloze", "next_sentence")),
     f"data/evaluation/{MODEL}_{BITS}bits.ppo.before_recovery.perplexity.json",
     f"data/evaluation/{MODEL}_{BITS}bits.ppo.quantized.perplexity.json",
-    f"data/evaluation/{MODEL}_{BITS}bits.ppo.quantized.zero_shot.json",
+    *(f"data/evaluation/{MODEL}_{BITS}bits.ppo.quantized.zero_shot.{task}.json" for task in ("cloze", "next_sentence")),
 ]
 
 

@@ -78,9 +78,11 @@ def variant(wildcards):
 
 
 def holds(wildcards):
-    """What holds for a file: the configuration of its model, under its change."""
+    """What holds for a file: the configuration of its model, under its change; of a zero-shot task, with it alone."""
     change = getattr(wildcards, "change", "").removeprefix("_")
-    return resolved(wildcards.model, change or variant(wildcards).change)
+    found = resolved(wildcards.model, change or variant(wildcards).change)
+    task = getattr(wildcards, "task", None)
+    return configuration.changed(found, {"evaluation": {"tasks": [task]}}) if task else found
 
 
 def settings(step):
@@ -152,9 +154,18 @@ def ask(step, resource):
 
 @one_line
 def task_files(wildcards):
-    """The files of local zero-shot tasks."""
-    entry = resolved(wildcards.model)["evaluation"]
-    return local.of_tasks(entry["tasks"], entry["data_dir"])
+    """The files of a local zero-shot task."""
+    return local.of_tasks([wildcards.task], resolved(wildcards.model)["evaluation"]["data_dir"])
+
+
+def of_tasks(pattern):
+    """The files of a result's zero-shot tasks; a job measures one task of one checkpoint."""
+
+    def files(wildcards):
+        tasks = holds(wildcards)["evaluation"]["tasks"]
+        return [file for task in tasks for file in of_plan(pattern.replace("{task}", task))(wildcards)]
+
+    return files
 
 
 def alters(model, change, step):
@@ -168,6 +179,13 @@ def bank_of(wildcards):
     change = variant(wildcards).change
     own = f"_{change}" if alters(wildcards.model, change, "bank") else ""
     return f"data/bank/{wildcards.model}{own}.safetensors"
+
+
+def bank_parts(wildcards):
+    """The parts of a bank that several jobs make together."""
+    jobs = holds(wildcards)["units"]["jobs"]
+    name = f"{wildcards.model}{wildcards.change}"
+    return [f"data/bank/{name}/{part}.safetensors" for part in range(1, jobs + 1)] if jobs > 1 else []
 
 
 @one_line

@@ -16,8 +16,8 @@ rule result:
             "data/evaluation/{model}_{bits}bits.{allocator}.before_recovery.perplexity.json"
         ),
         perplexity_quantized=of_plan("data/evaluation/{model}_{bits}bits.{allocator}.quantized.perplexity.json"),
-        zero_shot_original="data/evaluation/{model}.original.zero_shot.json",
-        zero_shot_quantized=of_plan("data/evaluation/{model}_{bits}bits.{allocator}.quantized.zero_shot.json"),
+        zero_shot_original=of_tasks("data/evaluation/{model}.original.zero_shot.{task}.json"),
+        zero_shot_quantized=of_tasks("data/evaluation/{model}_{bits}bits.{allocator}.quantized.zero_shot.{task}.json"),
         manifests=of_plan(
             "resources/models/{model}.manifest.json",
             "data/calibration/{model}.manifest.json",
@@ -28,8 +28,10 @@ rule result:
             "data/evaluation/{model}.original.perplexity.json.manifest.json",
             "data/evaluation/{model}_{bits}bits.{allocator}.before_recovery.perplexity.json.manifest.json",
             "data/evaluation/{model}_{bits}bits.{allocator}.quantized.perplexity.json.manifest.json",
-            "data/evaluation/{model}.original.zero_shot.json.manifest.json",
-            "data/evaluation/{model}_{bits}bits.{allocator}.quantized.zero_shot.json.manifest.json",
+        ),
+        zero_shot_original_manifests=of_tasks("data/evaluation/{model}.original.zero_shot.{task}.json.manifest.json"),
+        zero_shot_quantized_manifests=of_tasks(
+            "data/evaluation/{model}_{bits}bits.{allocator}.quantized.zero_shot.{task}.json.manifest.json"
         ),
         bank_manifest=manifest_of(bank_of),
         search_manifest=manifest_of(search_of),
@@ -55,6 +57,11 @@ rule result:
         seed=seed,
         config_sha256=config_sha256,
         search=lambda wildcards, input: f"--search {input.search}" if input.search else "",
+        zero_shot=lambda wildcards, input: (
+            f"--zero-shot-original {input.zero_shot_original} --zero-shot-quantized {input.zero_shot_quantized}"
+            if input.zero_shot_original
+            else ""
+        ),
     message:
         "result: {wildcards.model} at {wildcards.bits} bits"
     shell:
@@ -64,6 +71,6 @@ rule result:
         " --perplexity-original {input.perplexity_original}"
         " --perplexity-before-recovery {input.perplexity_before_recovery}"
         " --perplexity-quantized {input.perplexity_quantized}"
-        " --zero-shot-original {input.zero_shot_original} --zero-shot-quantized {input.zero_shot_quantized}"
+        " {params.zero_shot}"
         " --output {output.result} --experiment {input.experiment} --seed {params.seed}"
         " --config-sha256={params.config_sha256} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

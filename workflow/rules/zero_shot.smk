@@ -1,4 +1,5 @@
-# Zero-shot accuracy, through lm-eval: of the original model, shared by all its plans, and of the quantized one.
+# Zero-shot accuracy, through lm-eval: of the original model, shared by all its plans, and of the quantized one. Each task
+# is a job of its own, so that nodes and GPUs share them.
 
 
 rule zero_shot_original:
@@ -10,12 +11,12 @@ rule zero_shot_original:
         files=task_files,
         experiment=ancient("data/experiments/{model}.json"),
     output:
-        evaluation="data/evaluation/{model}.original.zero_shot.json",
-        manifest="data/evaluation/{model}.original.zero_shot.json.manifest.json",
+        evaluation="data/evaluation/{model}.original.zero_shot.{task}.json",
+        manifest="data/evaluation/{model}.original.zero_shot.{task}.json.manifest.json",
     log:
-        "logs/zero_shot/{model}.original.log",
+        "logs/zero_shot/{model}.original.{task}.log",
     benchmark:
-        "logs/zero_shot/{model}.original.benchmark.jsonl"
+        "logs/zero_shot/{model}.original.{task}.benchmark.jsonl"
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
@@ -30,7 +31,7 @@ rule zero_shot_original:
         seed=seed,
         settings=settings("zero_shot"),
     message:
-        "zero_shot: original {wildcards.model}"
+        "zero_shot: {wildcards.task}, original {wildcards.model}"
     shell:
         "python -m windquant.evaluation.zero_shot --checkpoint {input.checkpoint}"
         " --calibration {input.calibration}"
@@ -47,12 +48,12 @@ use rule zero_shot_original as zero_shot with:
         files=task_files,
         experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
-        evaluation="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.json",
-        manifest="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.json.manifest.json",
+        evaluation="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.{task}.json",
+        manifest="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.{task}.json.manifest.json",
     log:
-        "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.log",
+        "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.{task}.log",
     benchmark:
-        "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
+        "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.{task}.benchmark.jsonl"
     resources:
         mem_mb=ask("zero_shot", "mem_mb"),
         runtime=ask("zero_shot", "runtime"),
@@ -64,4 +65,4 @@ use rule zero_shot_original as zero_shot with:
         seed=seed,
         settings=settings("zero_shot"),
     message:
-        "zero_shot: {wildcards.model} at {wildcards.bits} bits ({wildcards.allocator}, {wildcards.stage})"
+        "zero_shot: {wildcards.task}, {wildcards.model} at {wildcards.bits} bits ({wildcards.allocator}, {wildcards.stage})"
