@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.families import memory_for
-from windquant import calibration, memory, models, step, streaming
+from windquant import calibration, compute, memory, models, step, streaming
 from windquant.articles import Article
 from windquant.decoder import decoder_layers
 from windquant.errors import WindquantError
@@ -90,8 +90,13 @@ def evaluate(model: Path, artifact: Path, output: Path, *flags: str) -> dict[str
 
 
 def test_scores_are_those_of_our_own_likelihoods(
-    tiny_model_folder: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_model_folder: Path,
+    artifact: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(compute, "native_bfloat16", lambda: False)  # as our own are
     capfd.readouterr()  # what the fixtures have written
     scores = evaluate(tiny_model_folder, artifact, tmp_path / "x.json", "--limit", "12")
     assert "it/s]" not in capfd.readouterr().err  # a log is no place for lm-eval's bars
@@ -112,6 +117,22 @@ def test_scores_are_those_of_our_own_likelihoods(
     assert found["accuracy"] == pytest.approx(right / 12)
     assert found["stderr"] == pytest.approx((right / 12 * (1 - right / 12) / 11) ** 0.5)
     assert (found["samples"], found["metric"]) == (12, "acc")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_products_are_bfloat16_where_they_are_native(
+    native: bool, tiny_model_folder: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "native_bfloat16", lambda: native)
+    seen = set()
+
+    def watch(module: nn.Module, _: Any, out: Any) -> None:
+        if isinstance(module, nn.Linear):
+            seen.add(out.dtype)
+
+    with nn.modules.module.register_module_forward_hook(watch):
+        evaluate(tiny_model_folder, artifact, tmp_path / "x.json", "--limit", "2")
+    assert seen == {torch.bfloat16 if native else torch.float32}
 
 
 def test_a_streamed_model_scores_the_same_with_one_layer_in_memory(

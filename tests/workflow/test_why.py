@@ -18,7 +18,7 @@ def test_how_it_came_about(finished: Path) -> None:
     told = dict(line.strip().split(maxsplit=1) for line in lines[1 : lines.index("made from")])
     assert lines[0] == BANK
     assert told["step"] == "bank"
-    assert told["settings"] == "chunk=16 protected=0.0 treatment=trellis order=saliency window=12"
+    assert told["settings"] == "chunk=16 protected=0.0 treatment=trellis order=saliency window=12 jobs=1 part=0"
     assert told["seed"] == "0"
     assert told["sha256"] == document.output["sha256"]
     assert told["started"] == document.started
@@ -50,7 +50,7 @@ def test_what_has_changed_since(finished: Path) -> None:
         quantized, result, plan = end(RESULT)
         assert quantized == f"  data/checkpoints/{MODEL}_{BITS}bits.ppo/quantized: steps was 2, is 3"
         assert re.fullmatch(f"  {RESULT}: config-sha256 was [0-9a-f]{{12}}, is [0-9a-f]{{12}}", result)
-        assert plan == "would run: recovery, perplexity, zero_shot, result"
+        assert plan == "would run: recovery, perplexity, zero_shot (2), result"
         assert "current: configuration" in windquant(finished, "why", PLAN)
     module = finished / "windquant" / "bank.py"
     with changed(module, f"{module.read_text()}\nUNUSED = 1\n"):

@@ -169,8 +169,7 @@ def evaluate(
                 return answers
 
         def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
-            with compute.autocast():  # answers are compared with each other: BF16 products are enough
-                logits: Tensor = super()._model_call(inps, **options)
+            logits: Tensor = super()._model_call(inps, **options)
             if progress is not None:
                 self.bar.update(len(inps))
             return logits
@@ -183,7 +182,14 @@ def evaluate(
     # One bootstrap iteration is none: the mean's standard error has a formula, and 0 would leave it out.
     with streaming.on_call(model):
         results: dict[str, Any] = run_tasks(
-            Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            Harness(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                # Answers are compared with each other: BF16 products are enough. HFLM would turn off our autocast.
+                mixed_precision_dtype="bfloat16" if compute.native_bfloat16() else None,
+                softmax_dtype="float32",
+            ),
             {"tasks": {task.task_name: task for task in tasks}},
             limit=limit or None,
             bootstrap_iters=1,
