@@ -1,19 +1,23 @@
 """The loss meter: exact where nothing is lost, ordered by the bits, and close to real quantization."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.families import Prepared, in_float32, memory_for, prepare, uniform
 from windquant import calibration, memory, models, streaming
 from windquant.bank import Bank
 from windquant.decoder import decoder_layers
+from windquant.errors import WindquantError
 from windquant.feedback import column_order
 from windquant.measure import LossMeter
 from windquant.quantize import layouts_of, quantized_linears
@@ -125,6 +129,39 @@ def test_a_streamed_model_measures_the_same_to_the_last_bit(prepared: Prepared, 
     assert len(meter.noise.kept) == len(meter.bank.linears)
     _, layers = decoder_layers(streamed.model)
     assert all(parameter.is_meta for layer in layers for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_full_gpu_measures_fewer_windows_at_a_time(
+    whole: bool,
+    prepared: Prepared,
+    meter: LossMeter,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    call = LlamaDecoderLayer.forward
+    plan = uniform(prepared, "scalar-3")  # under fewer bits other sums turn single codes
+    with in_float32():
+        expected = (meter.loss_gap(choice(meter, "scalar-1")), *meter.confirm([plan], int))
+
+    def small(self: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+        return call(self, hidden, *arguments, **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", small)
+    most = 2
+    other = make(prepared, whole=whole)
+    most = 1  # another process takes some while the search runs
+    with in_float32():
+        found = (other.loss_gap(choice(meter, "scalar-1")), *other.confirm([plan], int))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert other.loss_gap(choice(meter, "skip")) == 0, "what was lent when it broke has come back"
+    said = re.findall("again with a batch of ([0-9]+)", capsys.readouterr().err)
+    assert said == ["4", "2", "1"]
+    most = 0
+    with pytest.raises(WindquantError, match="out of GPU memory with a batch of 1"):
+        other.loss_gap(choice(meter, "skip"))
 
 
 def test_where_model_and_noise_do_not_fit_they_are_streamed(

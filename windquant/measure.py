@@ -17,7 +17,9 @@ memory, every walk reads the layers from the files and draws their noise again: 
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,8 +36,9 @@ from windquant.quantize import layouts_of, quantized_linears
 from windquant.statistics import Statistics
 from windquant.units import protected_count
 
+T = TypeVar("T")
 CONFIRM_SAMPLES = 16  # calibration samples for quantizing a plan that is to be confirmed
-BATCH = 8  # windows at a time
+BATCH = 8  # windows at a time; fewer once a GPU has had no room for them
 SIGNS = (1, -1)
 
 
@@ -72,7 +75,17 @@ class LossMeter:
         windows = min(max(1, tokens // reward.shape[1]), len(reward))
         self.ids, self.other = reward[:windows], reward[windows:] if windows < len(reward) else reward
         self.noise = Noise(seed, self.device, whole)
-        self._prepare()
+        self.batch = BATCH
+        self._fitting(self._prepare)
+
+    def _fitting(self, measure: Callable[[], T]) -> T:
+        """`measure()`, with as many windows at a time as there is room for."""
+
+        def measured(batch: int) -> T:
+            self.batch = batch
+            return measure()
+
+        return compute.with_smaller_batches(self.batch, measured)
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -111,17 +124,20 @@ class LossMeter:
         linears = enumerate(self.bank.linears)
         return [(i, self.model.get_parameter(f"{entry.name}.weight")) for i, entry in linears if entry.layer == layer]
 
-    @torch.no_grad()
     def loss_gap(self, choice: NDArray[np.int64]) -> float:
         """Loss of the plan `choice` [U] above the original's, nats per token; inf where it is not finite."""
         chosen = self.relative[np.arange(len(choice)), choice]
         relative = torch.from_numpy(np.append(chosen, 0.0)).float().to(self.device)  # the last: protected, index -1
+        gap = self._fitting(lambda: self._stand_in_loss(relative)) - self.original
+        return gap if np.isfinite(gap) else float("inf")
+
+    @torch.no_grad()
+    def _stand_in_loss(self, relative: Tensor) -> float:
         flows = [self._flow(self.model, self.ids) for _ in SIGNS]
         for place, layer in streaming.walk(self.model):
             for flow, _ in zip(flows, self.stand_ins(place, relative), strict=True):
                 flow.through(layer, place)
-        gap = sum(self._loss(self.model, flow, self.ids) for flow in flows) / len(SIGNS) - self.original
-        return gap if np.isfinite(gap) else float("inf")
+        return sum(self._loss(self.model, flow, self.ids) for flow in flows) / len(SIGNS)
 
     def stand_ins(self, layer: int, relative: Tensor) -> Iterator[int]:
         """Put the stand-in's weights into a layer, for one sign after the other, and at last the original ones.
@@ -134,42 +150,43 @@ class LossMeter:
             q = relative[unit_of]
             keep, shake = (1 - q).to(weight.dtype), (q * (1 - q)).sqrt().to(weight.dtype)
             parts.append((parameter, weight, self.noise.of(index, weight, unit_of), keep, shake))
-        for sign in SIGNS:
-            for parameter, weight, noise, keep, shake in parts:
-                parameter.data = (weight * keep).addcmul_(noise, sign * shake)
-            yield sign
-        for parameter, weight, *_ in parts:
-            parameter.data = weight
+        try:
+            for sign in SIGNS:
+                for parameter, weight, noise, keep, shake in parts:
+                    parameter.data = (weight * keep).addcmul_(noise, sign * shake)
+                yield sign
+        finally:
+            for parameter, weight, *_ in parts:
+                parameter.data = weight
 
-    @torch.no_grad()
     def confirm(self, plans: list[Plan], update: Callable[[int], object]) -> list[float]:
         """Loss gaps of plans on the text that `loss_gap` never sees, after really quantizing the model.
 
         `update(1)` is called after every linear of every plan.
         """
         self.noise.kept.clear()  # its place is needed; `loss_gap` would draw it again
-        gaps = []
-        for plan in plans:
-            model = streaming.load(self.folder)
-            layouts = layouts_of(plan, self.statistics.linears)
-            flow = self._flow(model, self.other, compute.autocast)
-            for _ in quantized_linears(
-                model, layouts, plan.units.order, self.statistics, self.samples, CONFIRM_SAMPLES, along=[flow]
-            ):
-                update(1)
-            with compute.autocast():
-                gaps.append(self._loss(model, flow, self.other) - self.other_original)
-        return gaps
+        return [self._fitting(partial(self._quantized_loss, plan, update)) - self.other_original for plan in plans]
 
-    @staticmethod
-    def _flow(model: nn.Module, ids: Tensor, precision: Precision = nullcontext) -> Flow:
-        return Flow(model, ids, BATCH, Path(tempfile.gettempdir()), precision)
+    @torch.no_grad()
+    def _quantized_loss(self, plan: Plan, update: Callable[[int], object]) -> float:
+        model = streaming.load(self.folder)
+        layouts = layouts_of(plan, self.statistics.linears)
+        flow = self._flow(model, self.other, compute.autocast)
+        samples = CONFIRM_SAMPLES if self.batch == BATCH else self.batch
+        for _ in quantized_linears(
+            model, layouts, plan.units.order, self.statistics, self.samples, samples, along=[flow]
+        ):
+            update(1)
+        with compute.autocast():
+            return self._loss(model, flow, self.other)
 
-    @staticmethod
-    def _loss(model: nn.Module, flow: Flow, ids: Tensor) -> float:
+    def _flow(self, model: nn.Module, ids: Tensor, precision: Precision = nullcontext) -> Flow:
+        return Flow(model, ids, self.batch, Path(tempfile.gettempdir()), precision)
+
+    def _loss(self, model: nn.Module, flow: Flow, ids: Tensor) -> float:
         """Mean loss of the hidden states behind the last layer, nats per token."""
         total = 0.0
-        for part, hidden in zip(ids.split(BATCH), flow.batches(), strict=True):
+        for part, hidden in zip(ids.split(self.batch), flow.batches(), strict=True):
             logits = decoder.head(model, part, hidden)[:, :-1]
             for some, targets in zip(logits, part[:, 1:], strict=True):
                 total += F.cross_entropy(some.float(), targets, reduction="sum").item()
