@@ -184,13 +184,14 @@ def test_a_linear_that_no_token_reaches_is_refused_by_name() -> None:
         statistics.forward(model, IDS, 4, int, Path(tempfile.gettempdir()))
 
 
-def test_covariance_is_the_mean_over_all_batches() -> None:
-    x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("columns", [1, 3, 7, 32])
+def test_covariance_is_the_mean_over_all_batches(columns: int) -> None:
+    x = torch.randn(3, 5, columns, generator=torch.Generator().manual_seed(0))
     covariance = Covariance({"a": "group"})
     for part in x.split(2):
         covariance.see("a", part, part)
         covariance.see("other", part, part)
-    flat = x.view(-1, 7)
+    flat = x.view(-1, columns)
     assert list(covariance.means()) == ["group"]
     torch.testing.assert_close(covariance.means()["group"], flat.T @ flat / 15)
 

@@ -93,7 +93,12 @@ def collected(
 
 
 class Covariance:
-    """Sums x x^T of the inputs of some linears over the batches of one layer."""
+    """Sums x x^T of the inputs of some linears over the batches of one layer.
+
+    The sums are symmetric: in a grid of 4 x 4 blocks only the 10 on and above the diagonal are multiplied.
+    """
+
+    BLOCKS = 4
 
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names  # name inside the layer -> key of the sum
@@ -109,12 +114,20 @@ class Covariance:
             self.sums[key] = x.new_zeros(x.shape[1], x.shape[1])
             self.tokens[key] = 0
         with torch.autocast(x.device.type, enabled=False):
-            self.sums[key].addmm_(x.T, x)
+            for block in self.blocks(x.shape[1]):
+                self.sums[key][block, block.start :].addmm_(x[:, block].T, x[:, block.start :])
         self.tokens[key] += len(x)
+
+    def blocks(self, columns: int) -> list[slice]:
+        width = -(-columns // self.BLOCKS)
+        return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
     def means(self) -> dict[str, Tensor]:
         """E[x x^T] by key, on the device; an activation that overflowed is refused."""
         result = {key: total / self.tokens[key] for key, total in self.sums.items()}
+        for value in result.values():
+            for block in self.blocks(len(value)):
+                value[block.stop :, block] = value[block, block.stop :].T
         for key, value in result.items():
             if not value.sum().isfinite():
                 raise WindquantError(f"{key}: its input overflows on the calibration text; check the model's weights")
