@@ -97,7 +97,7 @@ class Costs:
         s, text = shape, settings["calibration"]
         # operations of one token: through the layers, the head, and the covariances of all inputs
         self.token, self.head = 2 * s.weights, 2 * s.vocabulary * s.hidden
-        self.covariance = s.layers * sum(2 * columns**2 for columns in s.inputs)
+        self.covariance = 0.65 * s.layers * sum(2 * columns**2 for columns in s.inputs)  # of symmetric matrices
         self.factors = s.layers * sum(2 * columns**3 for columns in s.inputs)  # operations
         # tokens
         self.calibrated = text["samples"] * text["length"]

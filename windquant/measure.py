@@ -37,7 +37,7 @@ from windquant.statistics import Statistics
 from windquant.units import protected_count
 
 T = TypeVar("T")
-CONFIRM_SAMPLES = 16  # calibration samples for quantizing a plan that is to be confirmed
+CONFIRM_TOKENS = 4096  # of the calibration set, for quantizing a plan that is to be confirmed
 BATCH = 8  # windows at a time; fewer once a GPU has had no room for them
 SIGNS = (1, -1)
 
@@ -69,7 +69,7 @@ class LossMeter:
             self.model = streaming.load(model, dtype_name=str(dtype).removeprefix("torch."))
         self.device = decoder.device_of(self.model)
         texts = calibration.load(calibration_set)
-        self.samples = texts.calibration[:CONFIRM_SAMPLES].long()
+        self.samples = texts.calibration[: max(1, CONFIRM_TOKENS // texts.calibration.shape[1])].long()
         self.statistics = Statistics.load(statistics)
         reward = texts.reward.long().to(self.device)
         windows = min(max(1, tokens // reward.shape[1]), len(reward))
@@ -172,7 +172,7 @@ class LossMeter:
         model = streaming.load(self.folder)
         layouts = layouts_of(plan, self.statistics.linears)
         flow = self._flow(model, self.other, compute.autocast)
-        samples = CONFIRM_SAMPLES if self.batch == BATCH else self.batch
+        samples = len(self.samples) if self.batch == BATCH else self.batch
         for _ in quantized_linears(
             model, layouts, plan.units.order, self.statistics, self.samples, samples, along=[flow]
         ):
