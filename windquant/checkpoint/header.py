@@ -6,12 +6,9 @@ not computed from shapes.
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +21,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file."""
 
     file: Path
@@ -39,18 +35,18 @@ class Entry:
 
 
 def tensors(wanted: Iterable[Entry]) -> list[Tensor]:
-    """The tensors of these entries, on the CPU; every file is opened once."""
+    """The tensors of these entries, on the CPU: views of the files, which are mapped; writing to one copies its page."""
     result = []
-    with ExitStack() as stack:
-        opened: dict[Path, BinaryIO] = {}
-        for entry in wanted:
-            if entry.file not in opened:
-                opened[entry.file] = stack.enter_context(entry.file.open("rb"))
-            opened[entry.file].seek(entry.start)
-            data = np.frombuffer(bytearray(opened[entry.file].read(entry.size)), np.uint8)
-            if entry.dtype is None or len(data) != entry.size:
-                raise WindquantError(f"{entry.file}: truncated while it was read, or of a type that no checkpoint has")
-            result.append(torch.from_numpy(data).view(entry.dtype).view(entry.shape))
+    files: dict[Path, Tensor] = {}
+    for entry in wanted:
+        if entry.file not in files:
+            files[entry.file] = torch.from_file(str(entry.file), size=entry.file.stat().st_size, dtype=torch.uint8)
+        data = files[entry.file][entry.start : entry.start + entry.size]
+        if entry.dtype is None or len(data) != entry.size:
+            raise WindquantError(f"{entry.file}: truncated while it was read, or of a type that no checkpoint has")
+        if entry.start % entry.dtype.itemsize:  # only other writers put a tensor there
+            data = data.clone()
+        result.append(data.view(entry.dtype).view(entry.shape))
     return result
 
 
@@ -98,18 +94,20 @@ def entries(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > size - 8:
                 raise WindquantError(damaged)
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        first = 8 + length
-        found = {
-            name: Entry(file, tuple(entry["shape"]), DTYPES.get(entry["dtype"]), first + start, end - start)
-            for name, entry in header.items()
-            for start, end in (entry["data_offsets"],)
-        }
+            first = 8 + length
+
+            def place(entry: dict[str, Any]) -> Any:
+                if "data_offsets" not in entry:
+                    return entry
+                start, end = entry["data_offsets"]
+                return Entry(file, tuple(entry["shape"]), DTYPES.get(entry["dtype"]), first + start, end - start)
+
+            found: dict[str, Entry] = json.loads(opened.read(length), object_hook=place)
+        found.pop("__metadata__", None)
+        if size != max([first, *(entry.start + entry.size for entry in found.values())]):
+            raise WindquantError(damaged)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WindquantError(damaged) from error
-    if size != max([first, *(entry.start + entry.size for entry in found.values())]):
-        raise WindquantError(damaged)
     return found
 
 
