@@ -29,7 +29,7 @@ from windquant.quantizers.trellis import TILE, Trellis, table, tile_rows
 from windquant.storage import TERNARY, ternary_digits
 
 BLOCK = 64  # rows that are decoded at a time, as in compiled.py
-BEFORE, BEHIND = 4, 16  # zeros around the codes: windows begin, and whole words end, outside of them
+BEFORE, BEHIND = 4, 16  # bytes around the codes that are read, but have no say: windows and whole words overlap the ends
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # SINGLE, HALF and BRAIN in compiled.py
 
 
@@ -54,8 +54,7 @@ def decode(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor, dtype: 
             others += zip(run.columns, found.unbind(1), strict=True)
     if chunks:
         chunk_table, factors = np.array(chunks), _factors(layout.widths[0], layout.widths[-1])
-        codes = np.zeros(BEFORE + len(tensors["codes"]) + BEHIND, np.uint8)
-        codes[BEFORE:-BEHIND] = tensors["codes"].numpy()
+        codes = _surrounded(tensors["codes"])
         code = machine_code.decoder(8 * dtype.itemsize)
         share = -(-rows // (threads * BLOCK)) * BLOCK
 
@@ -63,7 +62,7 @@ def decode(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor, dtype: 
             block = np.empty((len(factors[0]), BLOCK), np.float32)
             lines = np.empty((columns, BLOCK), f"u{dtype.itemsize}")
             code(
-                codes.ctypes.data, chunk_table.ctypes.data, scales.data_ptr(), offsets.data_ptr(), order.data_ptr(),
+                codes.data_ptr() - BEFORE, chunk_table.ctypes.data, scales.data_ptr(), offsets.data_ptr(), order.data_ptr(),
                 values.ctypes.data, factors.ctypes.data, block.ctypes.data, lines.ctypes.data, result.data_ptr(),
                 len(chunks), len(values), rows, columns, len(block), tile_rows(rows, TILE), KINDS[dtype],
                 begin, min(rows, begin + share),
@@ -77,6 +76,17 @@ def decode(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor, dtype: 
     for column, found in others:  # they are in the way of the compiled code, which writes whole rows
         result[:, order[column : column + found.shape[1]]] = found.to(dtype)
     return result
+
+
+def _surrounded(codes: Tensor) -> Tensor:
+    """The codes [bytes] where bytes may be read before and behind them, as in a mapped file; else a copy that has some."""
+    before = codes.storage_offset()
+    behind = codes.untyped_storage().nbytes() - before - len(codes)
+    if before >= BEFORE and behind >= BEHIND and codes.is_contiguous():
+        return codes
+    copy = codes.new_zeros(BEFORE + len(codes) + BEHIND)
+    copy[BEFORE:-BEHIND] = codes
+    return copy[BEFORE:-BEHIND]
 
 
 @lru_cache(maxsize=4)
