@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 
 def tensors(wanted: Iterable[Entry]) -> list[Tensor]:
-    """The tensors of these entries, on the CPU: views of the files, which are mapped; writing to one copies its page."""
+    """The tensors of these entries, on the CPU: views of the mapped files, which no change of a tensor changes."""
     result = []
     files: dict[Path, Tensor] = {}
     for entry in wanted:

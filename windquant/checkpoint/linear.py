@@ -15,8 +15,9 @@ class PackedLinear(nn.Module):
     """Stands where an `nn.Linear` of the original model stood.
 
     The stored tensors are buffers named as in `Layout.shapes`, and keep their dtypes and bits whatever the model is
-    cast to. `connect` hands them and the column order over once the model is loaded. Where Triton's kernels run, a call reads the packed
-    tensors themselves (fused.py); elsewhere the weight is decoded once, or at every call where `low_memory` is set.
+    cast to. `connect` hands them and the column order over once the model is loaded. Where Triton's kernels run, a call
+    reads the packed tensors themselves (fused.py); elsewhere the weight is decoded once, or at every call where
+    `low_memory` is set.
     """
 
     bias: nn.Parameter | None
@@ -47,16 +48,17 @@ class PackedLinear(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name: all of them, once connected."""
-        return {name: self._buffers[name] for name in self.layout.shapes() if name in self._buffers}
+        return {name: getattr(self, name) for name in self.layout.shapes() if name in self._buffers}
 
     def connect(self, tensors: Mapping[str, Tensor], order: Tensor, fused: "Fused", low_memory: bool) -> None:
         """Take the stored tensors that were not allocated, the column order, int64 [columns], and the group's part.
 
         All go where the codes are.
         """
-        device = self._buffers.get("codes", order).device
+        allocated = self.tensors
+        device = allocated.get("codes", order).device
         for name in self.layout.shapes():
-            if name not in self._buffers:
+            if name not in allocated:
                 self.register_buffer(name, tensors[name].to(device))
         self.column_order, self.fused, self.low_memory = order.to(device), fused, low_memory
         fused.add(self)

@@ -1,4 +1,4 @@
-"""What numba compiles for cpu.py, and nothing but that: machine_code.py keeps the result, so that only it imports this.
+"""What numba compiles for cpu.py. Only machine_code.py imports this, once on a machine; it keeps the result.
 
 A block of rows goes from bits to weights in two passes. Chunk by chunk, while it lies in the processor's nearest
 memory, it becomes lines: one for every column of the weight, in natural order, rows side by side. The lines are then
@@ -19,7 +19,8 @@ BLOCK = 64  # rows that are decoded at a time, a multiple of 8
 PLACE, STRIDE, WIDTH, COLUMN, SCALE, OFFSET, PAIR, LENGTH, BASE, ROTATED = range(10)
 SINGLE, HALF, BRAIN = range(3)  # how weights are stored: as they are, rounded to half precision, to bfloat16
 
-_compiled = numba.njit(boundscheck=False, error_model="numpy")
+_OPTIONS: dict[str, Any] = {"boundscheck": False, "error_model": "numpy"}  # nothing here raises
+_compiled = numba.njit(**_OPTIONS)
 
 
 @_compiled
@@ -101,12 +102,12 @@ def _unrotate(block: NDArray[np.float32], width: int, rows: int, factors: NDArra
 
 
 @_compiled
-def half(value: np.float32) -> int:
+def half(value: np.float32) -> Any:
     """The bits of a number rounded to half precision, to nearest, half to even."""
     bits = np.float32(value).view(np.uint32)
     size = bits & 0x7FFFFFFF
     if size < 0x38800000:  # becomes a multiple of 2^-24, as every number from 0.5 to 1 is one
-        rounded = np.float32(abs(value) + np.float32(0.5)).view(np.uint32) - 0x3F000000
+        rounded: Any = np.float32(abs(value) + np.float32(0.5)).view(np.uint32) - 0x3F000000
     elif size < 0x47800000:
         rounded = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13
     else:
@@ -115,7 +116,7 @@ def half(value: np.float32) -> int:
 
 
 @_compiled
-def brain(value: np.float32) -> int:
+def brain(value: np.float32) -> Any:
     """The same in bfloat16."""
     bits = np.float32(value).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
@@ -190,9 +191,9 @@ def decode(
 ) -> None:  # fmt: skip
     """Rows begin .. end - 1 of the weight; begin: a multiple of BLOCK. Arrays are addresses:
 
-    codes uint8; chunks int64 [count, 10]; scales, offsets float32 [.., rows]; order int64 [columns]; values
-    float32 [entries]; factors float32 [2, whole], whole being the width of all chunks but the last; block float32 [whole, BLOCK] and lines
-    [columns, BLOCK] to work in; out: the bits of the weights [rows, columns].
+    codes uint8; chunks int64 [count, 10]; scales, offsets float32 [.., rows]; order int64 [columns]; values float32
+    [entries]; factors float32 [2, whole], whole being the width of all chunks but the last; block float32
+    [whole, BLOCK] and lines [columns, BLOCK] to work in; out: the bits of the weights [rows, columns].
     """
     unseen = 1  # a length that nothing looks at
     codes, values, order = carray(codes, unseen), carray(values, entries), carray(order, columns)
@@ -217,4 +218,4 @@ def callback(bits: int) -> Any:
     single, whole = types.float32, types.int64
     arrays = (types.uint8, whole, single, single, whole, single, single, single, number, number)
     signature = types.void(*(types.CPointer(array) for array in arrays), *[whole] * 9)
-    return numba.cfunc(signature, boundscheck=False, error_model="numpy")(decode)
+    return numba.cfunc(signature, **_OPTIONS)(decode)

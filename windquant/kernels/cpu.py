@@ -8,7 +8,7 @@ bit of a column behind the code of row r, every code is a window on the column's
 L being the trellis' window, or the code's own length under a scalar action. Ternary bytes open a table of their digits.
 Skipped and protected columns, and treatments that are no trellis and not scalar, are decoded by torch.
 
-numba compiles compiled.py once on a machine; machine_code.py keeps and loads what it made. numba is not imported here.
+The compiled code is that of compiled.py; machine_code.py loads it, without numba wherever numba has compiled it before.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ from windquant.quantizers.scalar import Scalar
 from windquant.quantizers.trellis import TILE, Trellis, table, tile_rows
 from windquant.storage import TERNARY, ternary_digits
 
-BLOCK = 64  # rows that are decoded at a time, as in compiled.py
-BEFORE, BEHIND = 4, 16  # bytes around the codes that are read, but have no say: windows and whole words overlap the ends
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # SINGLE, HALF and BRAIN in compiled.py
+BLOCK = 64  # rows that are decoded at a time; this and KINDS as in compiled.py
+BEFORE, BEHIND = 4, 16  # bytes around the codes that are read without a say: windows and words overlap the ends
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # SINGLE, HALF and BRAIN
 
 
 def decode(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor, dtype: torch.dtype, threads: int) -> Tensor:
@@ -62,8 +62,9 @@ def decode(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor, dtype: 
             block = np.empty((len(factors[0]), BLOCK), np.float32)
             lines = np.empty((columns, BLOCK), f"u{dtype.itemsize}")
             code(
-                codes.data_ptr() - BEFORE, chunk_table.ctypes.data, scales.data_ptr(), offsets.data_ptr(), order.data_ptr(),
-                values.ctypes.data, factors.ctypes.data, block.ctypes.data, lines.ctypes.data, result.data_ptr(),
+                codes.data_ptr() - BEFORE, chunk_table.ctypes.data, scales.data_ptr(), offsets.data_ptr(),
+                order.data_ptr(), values.ctypes.data, factors.ctypes.data, block.ctypes.data, lines.ctypes.data,
+                result.data_ptr(),
                 len(chunks), len(values), rows, columns, len(block), tile_rows(rows, TILE), KINDS[dtype],
                 begin, min(rows, begin + share),
             )  # fmt: skip
@@ -79,7 +80,7 @@ def decode(layout: Layout, tensors: Mapping[str, Tensor], order: Tensor, dtype: 
 
 
 def _surrounded(codes: Tensor) -> Tensor:
-    """The codes [bytes] where bytes may be read before and behind them, as in a mapped file; else a copy that has some."""
+    """The codes [bytes], if bytes may be read before and behind them as in a mapped file; else a copy of that kind."""
     before = codes.storage_offset()
     behind = codes.untyped_storage().nbytes() - before - len(codes)
     if before >= BEFORE and behind >= BEHIND and codes.is_contiguous():
