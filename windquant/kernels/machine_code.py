@@ -1,7 +1,7 @@
 """The machine code of compiled.py, kept in a file of its own and called without numba.
 
-To import numba and let it load functions that it has cached takes 0.3 s and 140 MB: as much as all else that loading a
-small model takes. So numba compiles once on a machine, and what it made is kept as an object file in
+To import numba and let it load functions that it has cached takes 0.2 s and 140 MB: more than half of all else that
+loading a small model takes. So numba compiles once on a machine, and what it made is kept as an object file in
 `$XDG_CACHE_HOME/windquant` (or `~/.cache/windquant`), under a name that tells sources, versions and processors apart.
 Where that folder cannot be written every process compiles for itself, which takes two seconds.
 """
