@@ -252,7 +252,8 @@ def test_a_loaded_tensor_is_the_models_own(whole: Made) -> None:
 
     path = whole.folder / "model.safetensors"
     before = path.read_bytes()
-    model = load(whole.folder, quantization_config=WindquantConfig(low_memory=True))
+    with pytest.warns(UserWarning, match="low_memory"):
+        model = load(whole.folder, quantization_config=WindquantConfig(low_memory=True))
     module = model.get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(module, PackedLinear)
     weight = module.weight
