@@ -5,6 +5,7 @@ not computed from shapes.
 """
 
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
     "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+MARGIN = 16  # bytes; what decodes codes reads a little more (kernels/cpu.py)
 
 
 class Entry(NamedTuple):
@@ -35,15 +37,22 @@ class Entry(NamedTuple):
 
 
 def tensors(wanted: Iterable[Entry]) -> list[Tensor]:
-    """The tensors of these entries, on the CPU: views of the mapped files, which no change of a tensor changes."""
+    """The tensors of these entries, on the CPU: views of the mapped files, which no change of a tensor changes.
+
+    Where the file has them, each one's storage has MARGIN more bytes before and behind it.
+    """
     result = []
-    files: dict[Path, Tensor] = {}
+    files: dict[Path, mmap.mmap] = {}
     for entry in wanted:
         if entry.file not in files:
-            files[entry.file] = torch.from_file(str(entry.file), size=entry.file.stat().st_size, dtype=torch.uint8)
-        data = files[entry.file][entry.start : entry.start + entry.size]
-        if entry.dtype is None or len(data) != entry.size:
+            with entry.file.open("rb") as opened:
+                files[entry.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped, end = files[entry.file], entry.start + entry.size
+        if entry.dtype is None or len(mapped) < end:
             raise WindquantError(f"{entry.file}: truncated while it was read, or of a type that no checkpoint has")
+        first, last = max(0, entry.start - MARGIN), min(end + MARGIN, len(mapped))
+        data = torch.frombuffer(mapped, dtype=torch.uint8, count=last - first, offset=first)
+        data = data[entry.start - first : end - first]
         if entry.start % entry.dtype.itemsize:  # only other writers put a tensor there
             data = data.clone()
         result.append(data.view(entry.dtype).view(entry.shape))
