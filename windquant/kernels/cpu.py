@@ -29,7 +29,8 @@ from windquant.quantizers.trellis import TILE, Trellis, table, tile_rows
 from windquant.storage import TERNARY, ternary_digits
 
 BLOCK = 64  # rows that are decoded at a time; this and KINDS as in compiled.py
-BEFORE, BEHIND = 4, 16  # at most checkpoint.header.MARGIN: bytes around the codes that are read without a say: windows and words overlap the ends
+#: Bytes around the codes that are read without a say: windows and words overlap the ends. At most header.py's MARGIN.
+BEFORE, BEHIND = 4, 16
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # SINGLE, HALF and BRAIN
 
 
