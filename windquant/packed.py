@@ -193,7 +193,8 @@ def unpack_order(packed: Tensor, columns: int, widths: list[int], protected: int
     sizes = [protected, *widths] if protected else widths
     if chunk_of.min() < 0 or not np.array_equal(np.bincount(chunk_of, minlength=len(sizes)), sizes):
         raise WindquantError("a stored column order disagrees with the chunks; the checkpoint is damaged")
-    return torch.from_numpy(np.argsort(chunk_of, kind="stable")).to(packed.device)
+    order = np.argsort(chunk_of.astype(np.uint16), kind="stable")  # of so short numbers numpy sorts the digits
+    return torch.from_numpy(order).to(packed.device)
 
 
 def chunk_order(order: Tensor, widths: list[int], protected: int) -> Tensor:

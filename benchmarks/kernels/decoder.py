@@ -54,9 +54,8 @@ def packed_layer(
         fused = Fused(layouts)
         for layout in layouts:
             module = PackedLinear(layout, False, torch.bfloat16, device)
-            for key, tensor in random_tensors(layout, order, generator).items():
-                setattr(module, key, tensor)
-            module.connect(order.to(device), fused, low_memory=False)
+            tensors = {key: tensor.to(device) for key, tensor in random_tensors(layout, order, generator).items()}
+            module.connect(tensors, order.to(device), fused, low_memory=False)
             made[layout.linear.name] = module
     return made
 

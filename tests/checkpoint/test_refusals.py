@@ -1,5 +1,6 @@
 """A checkpoint that is damaged, incomplete, of another version or off its plan: one line that names the file."""
 
+import gc
 import json
 import operator
 import shutil
@@ -32,6 +33,7 @@ def refused(folder: Path, *words: str, plan: bool = False) -> None:
         assert "\n" not in text
         for word in (str(folder), *words):
             assert word in text, (reader, text)
+        assert gc.isenabled(), "loading switches it off for a while"
 
 
 def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

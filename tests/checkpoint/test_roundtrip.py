@@ -246,6 +246,22 @@ def test_tokenizer_and_card_are_there(whole: Made) -> None:
         assert word in card
 
 
+def test_a_loaded_tensor_is_the_models_own(whole: Made) -> None:
+    """Files are mapped: what is written to a tensor stays in memory."""
+    from windquant.checkpoint.huggingface import WindquantConfig
+
+    path = whole.folder / "model.safetensors"
+    before = path.read_bytes()
+    with pytest.warns(UserWarning, match="low_memory"):
+        model = load(whole.folder, quantization_config=WindquantConfig(low_memory=True))
+    module = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(module, PackedLinear)
+    weight = module.weight
+    module.get_buffer("chunk_scales").add_(1)
+    assert not torch.equal(module.weight, weight)
+    assert path.read_bytes() == before
+
+
 REGISTERED = "assert 'windquant' in auto.AUTO_QUANTIZER_MAPPING"
 IMPORTS = {  # windquant first: see `everything`
     "windquant alone is light": "import windquant; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)",

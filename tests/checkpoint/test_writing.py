@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from tests.checkpoint.making import Made
 from windquant import checkpoint, streaming
 from windquant.checkpoint import writing
-from windquant.checkpoint.header import DTYPES, lay_out, put
+from windquant.checkpoint.header import DTYPES, Entry, lay_out, put, tensors as read
+from windquant.errors import WindquantError
 
 
 def test_a_laid_out_file_is_what_safetensors_writes(tmp_path: Path) -> None:
@@ -24,6 +25,18 @@ def test_a_laid_out_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     for name in reversed(places):
         put(places[name], tensors[name])
     assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
+    for name, tensor in zip(places, read(places.values()), strict=True):
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_tensors_lie_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"?" + torch.arange(4, dtype=torch.float32).numpy().tobytes())
+    (found,) = read([Entry(path, (2, 2), torch.float32, 1, 16)])
+    assert found.tolist() == [[0, 1], [2, 3]]
+    with pytest.raises(WindquantError, match="file: truncated while it was read"):
+        read([Entry(path, (2, 2), torch.float32, 4, 16)])
 
 
 def test_a_tensor_of_another_shape_has_no_place(tmp_path: Path) -> None:

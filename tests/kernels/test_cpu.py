@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.random_weights import layout_of, random_order, random_tensors
-from windquant.kernels import cpu
+from windquant.kernels import compiled, cpu
 from windquant.packed import Format, dequantize
 from windquant.quantizers import actions
 
@@ -13,7 +13,7 @@ NAMES = list(actions())
 
 
 def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    kind = cpu.BITS[expected.dtype]
+    kind = torch.int32 if expected.dtype == torch.float32 else torch.int16
     return found.dtype == expected.dtype and torch.equal(found.view(kind), expected.view(kind))
 
 
@@ -57,9 +57,9 @@ def test_rounding_is_that_of_torch(dtype: torch.dtype) -> None:
     half = 1 << 12 if dtype == torch.float16 else 1 << 15
     bits = torch.cat([every + shift for shift in (-half - 1, -half, -half + 1, -1, 0, 1, half - 1, half, half + 1)])
     bits = torch.cat([bits, torch.randint(-(1 << 31), 1 << 31, (100_000,), dtype=torch.int64).int()])
-    convert = cpu._half if dtype == torch.float16 else cpu._brain
+    convert = compiled.half if dtype == torch.float16 else compiled.brain
     expected = bits.view(torch.float32).to(dtype)
-    found = torch.tensor([convert(np.uint32(number & 0xFFFFFFFF)) for number in bits.tolist()], dtype=torch.int32)
+    found = torch.tensor([convert(number) for number in bits.numpy().view(np.float32)], dtype=torch.int32)
     found = found.to(torch.int16).view(dtype)
     assert torch.equal(found.isnan(), expected.isnan())
     keep = ~expected.isnan()

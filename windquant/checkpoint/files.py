@@ -111,7 +111,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Layout]]:
 
 
 def check(layouts: Mapping[str, Layout], files: list[Path]) -> dict[str, Entry]:
-    """Compare headers and action tables with the layouts; the headers' entries by tensor. Raises WindquantError."""
+    """`check_headers` and `check_contents`; the headers' entries by tensor."""
+    found = check_headers(layouts, files)
+    check_contents(layouts, found)
+    return found
+
+
+def check_headers(layouts: Mapping[str, Layout], files: list[Path]) -> dict[str, Entry]:
+    """Compare headers with the layouts; their entries by tensor. Raises WindquantError."""
     found: dict[str, Entry] = {}
     for file in files:
         found |= entries(file)
@@ -126,24 +133,25 @@ def check(layouts: Mapping[str, Layout], files: list[Path]) -> dict[str, Entry]:
                     f"{entry.file}: {name}.{key} is {entry}, but config.json asks for "
                     f"{description.dtype_name(dtype)} {list(shape)}; {AGAIN}"
                 )
-    _check_contents(layouts, found)
     return found
 
 
-def _check_contents(layouts: Mapping[str, Layout], found: Mapping[str, Entry]) -> None:
-    """Compare the action tables with the layouts, and unpack the column orders."""
+def check_contents(layouts: Mapping[str, Layout], found: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Compare the action tables with the layouts; the column orders by owner, unpacked. Raises WindquantError."""
     ids = {name: index for index, name in enumerate(actions())}
     tables = [found[f"{name}.actions"] for name in layouts]
     for (name, layout), entry, table in zip(layouts.items(), tables, tensors(tables), strict=True):
         if bytes(table.numpy()) != bytes(ids[action] for action in layout.names):
             raise WindquantError(f"{entry.file}: the actions of {name} are not those of config.json; {AGAIN}")
     owners = {name: layout for name, layout in layouts.items() if layout.owner}
-    orders = [found[f"{name}.order"] for name in owners]
-    for (name, layout), entry, order in zip(owners.items(), orders, tensors(orders), strict=True):
+    stored = [found[f"{name}.order"] for name in owners]
+    orders = {}
+    for (name, layout), entry, order in zip(owners.items(), stored, tensors(stored), strict=True):
         try:
-            unpacked_order(layout, order)
+            orders[name] = unpacked_order(layout, order)
         except WindquantError as error:
             raise WindquantError(f"{entry.file}: {name}.order: {error}") from error
+    return orders
 
 
 def check_plan(layouts: Mapping[str, Layout], plan: Plan, path: Path) -> None:

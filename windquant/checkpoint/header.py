@@ -5,13 +5,11 @@ not computed from shapes.
 """
 
 import json
+import mmap
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +20,10 @@ DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
     "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+MARGIN = 16  # bytes; what decodes codes reads a little more (kernels/cpu.py)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file."""
 
     file: Path
@@ -39,18 +37,25 @@ class Entry:
 
 
 def tensors(wanted: Iterable[Entry]) -> list[Tensor]:
-    """The tensors of these entries, on the CPU; every file is opened once."""
+    """The tensors of these entries, on the CPU: views of the mapped files, which no change of a tensor changes.
+
+    Where the file has them, each one's storage has MARGIN more bytes before and behind it.
+    """
     result = []
-    with ExitStack() as stack:
-        opened: dict[Path, BinaryIO] = {}
-        for entry in wanted:
-            if entry.file not in opened:
-                opened[entry.file] = stack.enter_context(entry.file.open("rb"))
-            opened[entry.file].seek(entry.start)
-            data = np.frombuffer(bytearray(opened[entry.file].read(entry.size)), np.uint8)
-            if entry.dtype is None or len(data) != entry.size:
-                raise WindquantError(f"{entry.file}: truncated while it was read, or of a type that no checkpoint has")
-            result.append(torch.from_numpy(data).view(entry.dtype).view(entry.shape))
+    files: dict[Path, mmap.mmap] = {}
+    for entry in wanted:
+        if entry.file not in files:
+            with entry.file.open("rb") as opened:
+                files[entry.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped, end = files[entry.file], entry.start + entry.size
+        if entry.dtype is None or len(mapped) < end:
+            raise WindquantError(f"{entry.file}: truncated while it was read, or of a type that no checkpoint has")
+        first, last = max(0, entry.start - MARGIN), min(end + MARGIN, len(mapped))
+        data = torch.frombuffer(mapped, dtype=torch.uint8, count=last - first, offset=first)
+        data = data[entry.start - first : end - first]
+        if entry.start % entry.dtype.itemsize:  # only other writers put a tensor there
+            data = data.clone()
+        result.append(data.view(entry.dtype).view(entry.shape))
     return result
 
 
@@ -98,18 +103,20 @@ def entries(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > size - 8:
                 raise WindquantError(damaged)
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        first = 8 + length
-        found = {
-            name: Entry(file, tuple(entry["shape"]), DTYPES.get(entry["dtype"]), first + start, end - start)
-            for name, entry in header.items()
-            for start, end in (entry["data_offsets"],)
-        }
+            first = 8 + length
+
+            def place(entry: dict[str, Any]) -> Any:
+                if "data_offsets" not in entry:
+                    return entry
+                start, end = entry["data_offsets"]
+                return Entry(file, tuple(entry["shape"]), DTYPES.get(entry["dtype"]), first + start, end - start)
+
+            found: dict[str, Entry] = json.loads(opened.read(length), object_hook=place)
+        found.pop("__metadata__", None)
+        if size != max([first, *(entry.start + entry.size for entry in found.values())]):
+            raise WindquantError(damaged)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WindquantError(damaged) from error
-    if size != max([first, *(entry.start + entry.size for entry in found.values())]):
-        raise WindquantError(damaged)
     return found
 
 

@@ -2,12 +2,18 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=WindquantConfig(low_memory=True))
 
-Loading swaps the linears of config.json for `PackedLinear`, reads their small tensors, lets transformers load the codes
-to the device that it chooses, and decodes the weights, all processors at once. All checks come first.
+Loading checks the headers of the files, swaps the linears of config.json for `PackedLinear`, lets transformers load all
+but the packed tensors, maps those, and decodes the weights, all processors at once. With a `device_map`, transformers
+loads the codes too, to the device that it chooses.
+
+transformers spends a tenth of a millisecond on every name that it loads, and a few microseconds on every operation of
+torch while it builds a model (under `torch.device`): hence the order.
 """
 
-from collections.abc import Iterable, Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +25,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from windquant.checkpoint import description
 from windquant.checkpoint.description import METHOD
-from windquant.checkpoint.files import check, check_plan, unpacked_order
+from windquant.checkpoint.files import check_contents, check_headers, check_plan, unpacked_order
 from windquant.checkpoint.fused import Fused
-from windquant.checkpoint.header import tensors
+from windquant.checkpoint.header import Entry, tensors
 from windquant.checkpoint.linear import PackedLinear
 from windquant.errors import WindquantError
 from windquant.plan import Plan
@@ -52,11 +58,27 @@ class WindquantConfig(QuantizationConfigMixin):
         return {"low_memory": self.low_memory}
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is looked for meanwhile: there is hardly any, and thousands of new objects that stay.
+
+    They would make Python look through all modules once, which takes as long as half of all else.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class WindquantQuantizer(HfQuantizer):
     """Loads packed checkpoints; it does not quantize (the steps do)."""
 
     requires_calibration = True  # a model that is not packed already is refused
     quantization_config: WindquantConfig
+    entries: dict[str, Entry]  # of the tensors in the files, while a model is loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -64,20 +86,18 @@ class WindquantQuantizer(HfQuantizer):
                 "device_map: packed weights cannot be offloaded to disk; load with low_memory=True instead"
             )
 
+    @_uncollected()
     def _process_model_before_weight_loading(
-        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> "PreTrainedModel":
         files = [Path(file) for file in checkpoint_files or ()]
         folder = files[0].parent if files else None
         layouts = description.layouts(
             self.quantization_config.description, folder / "config.json" if folder else METHOD
         )
-        read: dict[str, Tensor] = {}
+        self.entries = {}
         if folder is not None:
-            with torch.device("cpu"):  # transformers builds the model under torch.device("meta")
-                entries = check(layouts, files)
-                small = [f"{name}.{key}" for name in layouts for key in layouts[name].shapes() if key != "codes"]
-                read = dict(zip(small, tensors(entries[name] for name in small), strict=True))
+            self.entries = check_headers(layouts, files)
             if (folder / "plan.json").is_file():  # save_pretrained and the Hub may leave it out
                 check_plan(layouts, Plan.load(folder / "plan.json"), folder / "plan.json")
         for name, layout in layouts.items():
@@ -94,9 +114,9 @@ class WindquantQuantizer(HfQuantizer):
                     f"{folder or METHOD}: dtype {linear.weight.dtype} is not supported; load it in "
                     "float16, bfloat16 or float32"
                 )
-            given = {key: read[f"{name}.{key}"] for key in layout.shapes() if f"{name}.{key}" in read}
             biased, weight = linear.bias is not None, linear.weight
-            setattr(parent, layout.linear.kind, PackedLinear(layout, biased, weight.dtype, weight.device, given))
+            allocated = layout.shapes() if folder is None else () if device_map is None else ("codes",)
+            setattr(parent, layout.linear.kind, PackedLinear(layout, biased, weight.dtype, weight.device, allocated))
         taken = "|".join(sorted({key for layout in layouts.values() for key in layout.shapes()}))
         model._keys_to_ignore_on_load_unexpected = {
             rf"\.({taken})$",
@@ -104,26 +124,31 @@ class WindquantQuantizer(HfQuantizer):
         }
         return model
 
+    @_uncollected()
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         for name, module in packed.items():
-            for key, (_, dtype) in module.layout.shapes().items():
-                tensor = module.get_buffer(key)
-                if tensor.is_meta or tensor.dtype != dtype:
+            for key, tensor in module.tensors.items():
+                if tensor.is_meta or tensor.dtype != module.layout.shapes()[key][1]:
                     raise WindquantError(
                         f"{name}.{key} was offloaded or loaded as {tensor.dtype}; give a device_map that holds the "
                         "whole model, or load with low_memory=True on the CPU"
                     )
-        orders = {
-            name: unpacked_order(module.layout, module.get_buffer("order"))
-            for name, module in packed.items()
-            if module.layout.owner
-        }
-        layouts = [module.layout for module in packed.values()]
-        groups = {name: Fused(layouts) for name in orders}
-        for module in packed.values():
+        layouts = {name: module.layout for name, module in packed.items()}
+        if self.entries:
+            orders = check_contents(layouts, self.entries)
+        else:
+            owners = {name: module for name, module in packed.items() if module.layout.owner}
+            orders = {name: unpacked_order(module.layout, module.tensors["order"]) for name, module in owners.items()}
+        groups = {name: Fused(layouts.values()) for name in orders}
+        places = [(name, key) for name in packed for key in layouts[name].shapes() if f"{name}.{key}" in self.entries]
+        read: dict[str, dict[str, Tensor]] = {name: {} for name in packed}
+        for (name, key), tensor in zip(places, tensors(self.entries[f"{n}.{k}"] for n, k in places), strict=True):
+            read[name][key] = tensor
+        del self.entries
+        for name, module in packed.items():
             group = module.layout.linear.group
-            module.connect(orders[group], groups[group], self.quantization_config.low_memory)
+            module.connect(read[name], orders[group], groups[group], self.quantization_config.low_memory)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for _ in pool.map(lambda module: module.settle(threads=1), packed.values()):
                 pass

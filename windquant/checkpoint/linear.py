@@ -1,7 +1,6 @@
 """A packed linear layer: stored tensors as they lie on disk, and the product with what they stand for."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,9 @@ class PackedLinear(nn.Module):
     """Stands where an `nn.Linear` of the original model stood.
 
     The stored tensors are buffers named as in `Layout.shapes`, and keep their dtypes and bits whatever the model is
-    cast to. After loading, `connect` hands the column order over. Where Triton's kernels run, a call reads the packed
-    tensors themselves (fused.py); elsewhere the weight is decoded once, or at every call where `low_memory` is set.
+    cast to. `connect` hands them and the column order over once the model is loaded. Where Triton's kernels run, a call
+    reads the packed tensors themselves (fused.py); elsewhere the weight is decoded once, or at every call where
+    `low_memory` is set.
     """
 
     bias: nn.Parameter | None
@@ -28,16 +28,16 @@ class PackedLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | str = "meta",
-        tensors: Mapping[str, Tensor] | None = None,
+        allocated: Iterable[str] = (),
     ) -> None:
-        """dtype: of bias and decoded weight. tensors: stored ones that are there already; the others are allocated."""
+        """dtype: of bias and decoded weight. allocated: names of stored tensors for others to fill before `connect`."""
         super().__init__()
         self.layout = layout
         self.in_features, self.out_features = layout.linear.columns, layout.linear.rows
         self.dtype = dtype  # of the decoded weight
-        for name, (shape, stored) in layout.shapes().items():
-            given = (tensors or {}).get(name)
-            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device) if given is None else given)
+        for name in allocated:
+            shape, stored = layout.shapes()[name]
+            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         rows = torch.empty(self.out_features, dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(rows, requires_grad=False) if bias else None)
         self.register_buffer("column_order", None, persistent=False)  # int64 [columns], shared by the group
@@ -47,29 +47,19 @@ class PackedLinear(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by name."""
-        return {name: self.get_buffer(name) for name in self.layout.shapes()}
+        """The stored tensors by name: all of them, once connected."""
+        return {name: getattr(self, name) for name in self.layout.shapes() if name in self._buffers}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """While the codes are still to come, what is there already is left out: transformers would load it again.
+    def connect(self, tensors: Mapping[str, Tensor], order: Tensor, fused: "Fused", low_memory: bool) -> None:
+        """Take the stored tensors that were not allocated, the column order, int64 [columns], and the group's part.
 
-        It spends a fifth of a millisecond on every name, and most of a linear's tensors are small.
+        All go where the codes are.
         """
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.get_buffer("codes").is_meta:
-            for name, tensor in self.tensors.items():
-                if not tensor.is_meta:
-                    del destination[prefix + name]
-
-    def connect(self, order: Tensor, fused: "Fused", low_memory: bool) -> None:
-        """Take the column order, int64 [columns], and what is shared by all linears of the group.
-
-        Tensors that are not where the codes are go there.
-        """
-        device = self.get_buffer("codes").device
-        for name, tensor in self.tensors.items():
-            if tensor.device != device:
-                setattr(self, name, tensor.to(device))
+        allocated = self.tensors
+        device = allocated.get("codes", order).device
+        for name in self.layout.shapes():
+            if name not in allocated:
+                self.register_buffer(name, tensors[name].to(device))
         self.column_order, self.fused, self.low_memory = order.to(device), fused, low_memory
         fused.add(self)
 
@@ -108,8 +98,8 @@ class PackedLinear(nn.Module):
             moved = self.get_buffer(name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["actions"].device)).dtype
         if self.fused is not None:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["actions"].device)).dtype
             self.fused.forget()
         self.settle()
         return self

@@ -2,7 +2,7 @@
 
     decoding.py, product.py, dequantize.py, quantize.py    Triton's
     launches.py, chunks.py                                 what calls those, with tensors in and out
-    cpu.py                                                 numba's
+    cpu.py, compiled.py, machine_code.py                   numba's: what calls it, what it compiles, where that is kept
 
 This file decides where they run, by the type of the device alone, and imports neither Triton nor numba nor a GPU.
 """
