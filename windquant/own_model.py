@@ -31,8 +31,7 @@ PATHS = ("path", "test_path", "data_dir")  # keys of the configuration
 SMALL = 1024  # input channels below which a chunk of 256 columns would be a large part of a weight
 #: What the default model is measured with: texts and tasks that need no Hub.
 WITHOUT_HUB: dict[str, dict[str, Any]] = {
-    "calibration": {"source": "articles", "whole": False, "samples": 48, "length": 1024, "test_source": "same"},
-    "statistics": {"batch": 4},
+    "calibration": {"source": "articles", "whole": False, "samples": 192, "test_source": "same"},
     "evaluation": {"tasks": ["cloze", "next_sentence"], "windows": 16},
 }
 

@@ -2,15 +2,14 @@
 
 To import numba and let it load functions that it has cached takes 0.2 s and 140 MB: more than half of all else that
 loading a small model takes. So numba compiles once on a machine, and what it made is kept as an object file in
-`$XDG_CACHE_HOME/windquant` (or `~/.cache/windquant`), under a name that tells sources, versions and processors apart.
-Where that folder cannot be written every process compiles for itself, which takes two seconds.
+`$XDG_CACHE_HOME/windquant` (or `~/.cache/windquant`), under a name that tells sources, versions and processors apart;
+llvmlite links it, which takes 15 ms. Where that folder cannot be written every process compiles for itself, which takes
+two seconds.
 """
 
 import ctypes
 import hashlib
-import mmap
 import platform
-import struct
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
@@ -24,12 +23,9 @@ from windquant import atomic
 SOURCES = (Path(__file__), Path(__file__).with_name("compiled.py"))
 ENTRY = "windquant_decode"
 DIGEST = hashlib.sha256().digest_size  # of what follows: the first bytes of a file
-#: ELF's numbers of a processor; of sections with content, symbols, relocations; of x86-64's relocations by distance.
-X86_64, CONTENT, SYMBOLS, RELOCATIONS, DISTANCES = 62, 1, 2, 4, (2, 4)
-LOADED = 2  # flag of sections that have a place in memory
 
 _lock = Lock()
-_loaded: list[Any] = []  # what holds machine code; never let go
+_engines: list[Any] = []  # of LLVM, which hold machine code: never let go
 
 
 def decoder(bits: int) -> Callable[..., None]:
@@ -126,59 +122,10 @@ def _machine() -> Any:
 
 def load(elf: bytes) -> int:
     """The address of the function in an object file, which is part of this process from now on."""
-    linked = link(elf)
-    if linked is None:
-        return _load_by_llvm(elf)
-    image, entry = linked
-    memory = mmap.mmap(-1, len(image), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.write(image)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    length, rights = ctypes.c_size_t(len(image)), mmap.PROT_READ | mmap.PROT_EXEC
-    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), length, rights):
-        return _load_by_llvm(elf)
-    _loaded.append(memory)
-    return start + entry
-
-
-def _load_by_llvm(elf: bytes) -> int:
     from llvmlite import binding
 
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(elf))
     engine.finalize_object()
-    _loaded.append(engine)
+    _engines.append(engine)
     return int(engine.get_function_address(ENTRY))
-
-
-def link(elf: bytes) -> tuple[bytes, int] | None:
-    """The loaded sections of an object file, one behind the other, and where in them the function begins.
-
-    None if it is not for x86-64, or needs more than distances between its sections. LLVM can link those too, but to
-    load LLVM takes 15 ms and 50 MB.
-    """
-    if elf[:4] != b"\x7fELF" or struct.unpack_from("<H", elf, 18) != (X86_64,):
-        return None
-    (table,), (size, count) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 58)
-    sections = [struct.unpack_from("<IIQQQQIIQQ", elf, table + size * index) for index in range(count)]
-    image, places = bytearray(), {}  # the places of sections in the image
-    for index, (_, kind, flags, _, start, length, _, _, align, _) in enumerate(sections):
-        if kind == CONTENT and flags & LOADED:
-            image += bytes(-len(image) % align)
-            places[index] = len(image)
-            image += elf[start : start + length]
-    entry, symbols = None, []  # the places of symbols
-    for _, kind, _, _, start, length, names, _, _, _ in sections:
-        if kind == SYMBOLS:
-            for name, _, _, section, value, _ in struct.iter_unpack("<IBBHQQ", elf[start : start + length]):
-                symbols.append(places[section] + value if section in places else None)
-                if elf.startswith(ENTRY.encode() + b"\0", sections[names][4] + name):
-                    entry = symbols[-1]
-    for _, kind, _, _, start, length, _, target, _, _ in sections:
-        if kind == RELOCATIONS and target in places:
-            for offset, info, addend in struct.iter_unpack("<QQq", elf[start : start + length]):
-                symbol = symbols[info >> 32]
-                if symbol is None or info & 0xFFFFFFFF not in DISTANCES:
-                    return None
-                here = places[target] + offset
-                struct.pack_into("<i", image, here, symbol + addend - here)
-    return None if entry is None else (bytes(image), entry)
