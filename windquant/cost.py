@@ -103,7 +103,7 @@ class Costs:
         self.calibrated = text["samples"] * text["length"]
         self.held_out = text["reward_samples"] * text["reward_length"]
         self.tested = (settings["evaluation"]["windows"] or ALL_WINDOWS) * text["context"]
-        self.answered = 40_000 * len(settings["evaluation"]["tasks"])  # of a few hundred records
+        self.answered = 13_000 * len(settings["evaluation"]["tasks"])  # of a few hundred records
         # seconds
         self.reading, self.decoding = 2 * s.parameters / machine.read, s.weights / machine.decode
         self.searched = s.weights / machine.search
