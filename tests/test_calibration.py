@@ -96,13 +96,23 @@ def test_same_seed_same_bytes_and_the_same_test_text_for_every_seed(
     assert (other.folder / "cloze.jsonl").read_bytes() == (made / "cloze.jsonl").read_bytes()
 
 
+def test_recovery_takes_as_many_windows_as_there_are(
+    made: Path, tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    flags = ("--source", "file", "--path", str(text_file), "--recovery-samples", "100000")
+    all_of_it = calibration.load(make(tiny_model_folder, tmp_path / "x", *flags))
+    available = json.loads((tmp_path / "x" / "info.json").read_text())["splits"]["recovery"]["tokens_available"]
+    assert len(all_of_it.recovery) == available // 64 > 10
+    assert torch.equal(all_of_it.calibration, calibration.load(made).calibration)
+
+
 def test_too_short_a_text_names_the_key_and_both_numbers(
     tiny_model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--source", "file", "--path", str(text_file))
-    line = refused(capsys, tiny_model_folder, tmp_path / "x", *flags, "--recovery-samples", "100000")
-    assert "calibration.recovery_samples" in line
-    assert "6400000" in line
+    line = refused(capsys, tiny_model_folder, tmp_path / "x", *flags, "--reward-samples", "100000")
+    assert "calibration.reward_samples" in line
+    assert "2400000" in line
     short = tmp_path / "short.txt"
     short.write_text("One short document.\n")
     line = refused(capsys, tiny_model_folder, tmp_path / "x", "--source", "file", "--path", str(short))

@@ -46,7 +46,7 @@ class Settings:
     length: int = 256  # tokens of a calibration sample
     reward_samples: int = 32  # windows on which the search measures a plan
     reward_length: int = 256  # tokens of a reward window
-    recovery_samples: int = 576  # windows that recovery may train on
+    recovery_samples: int = 576  # windows that recovery may train on, or as many as the text yields
     recovery_length: int = 512  # tokens of a recovery window
     # "same" holds out a part of `source`; "rows" is a file with one row a line, joined like the Hub's WikiText-2
     test_source: Literal["same", "articles", "hub", "file", "rows"] = "same"  # of the perplexity's text
@@ -98,7 +98,8 @@ def run(task: step.Task, settings: Settings) -> None:
         else:
             stream, used = encode(tokenizer, documents, OVERSAMPLING * count * length)
             windows, available = draw(stream, count, length, chance), len(stream)
-        _require(name, f"{prefix}samples", windows, count, length, available, info["source"]["training"])
+        least = 1 if name == "recovery" else count  # recovery begins again after its last window
+        _require(name, f"{prefix}samples", windows, least, length, available, info["source"]["training"])
         tokens[name], info["splits"][name] = windows, _describe(windows, used, available)
     stream, used = encode(tokenizer, splits.documents["test"])
     tokens["test"] = stream[: len(stream) // settings.context * settings.context].view(-1, settings.context)
