@@ -29,7 +29,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 RESULT = "result.json"  # in the output
 PATHS = ("path", "test_path", "data_dir")  # keys of the configuration
 SMALL = 1024  # input channels below which a chunk of 256 columns would be a large part of a weight
-#: What the default model is measured with: texts and tasks that need no Hub.
+#: What the default model is measured with, texts and tasks that need no Hub; fewer samples, because other vocabularies
+#: make fewer tokens of the articles.
 WITHOUT_HUB: dict[str, dict[str, Any]] = {
     "calibration": {"source": "articles", "whole": False, "samples": 192, "test_source": "same"},
     "evaluation": {"tasks": ["cloze", "next_sentence"], "windows": 16},
