@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.checkpoint.making import tiny
 from windquant import bank, compute, memory, models, statistics, step
@@ -152,3 +153,19 @@ def prepare(folder: Path, model: Path, **settings: Any) -> Prepared:
 def memory_for(size: float) -> str:
     """What memory.LIMIT has to be for weights of `size` bytes to fit just so."""
     return str((size + memory.REST) / memory.SHARE / memory.GIB)
+
+
+class FullGpu:
+    """Llama's layers as on a GPU with room for `most` samples at a time; `sizes` are those that it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.most, self.sizes = most, list[int]()
+        call = LlamaDecoderLayer.forward
+
+        def forward(layer: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+            self.sizes.append(len(hidden))
+            if len(hidden) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+            return call(layer, hidden, *arguments, **options)
+
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)

@@ -4,16 +4,14 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.families import Prepared, in_float32, memory_for, prepare, uniform
+from tests.families import FullGpu, Prepared, in_float32, memory_for, prepare, uniform
 from windquant import calibration, memory, models, streaming
 from windquant.bank import Bank
 from windquant.decoder import decoder_layers
@@ -139,27 +137,20 @@ def test_a_full_gpu_measures_fewer_windows_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    call = LlamaDecoderLayer.forward
     plan = uniform(prepared, "scalar-3")  # under fewer bits other sums turn single codes
     with in_float32():
         expected = (meter.loss_gap(choice(meter, "scalar-1")), *meter.confirm([plan], int))
 
-    def small(self: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-        if len(hidden) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
-        return call(self, hidden, *arguments, **options)
-
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", small)
-    most = 2
+    gpu = FullGpu(monkeypatch, 2)
     other = make(prepared, whole=whole)
-    most = 1  # another process takes some while the search runs
+    gpu.most = 1  # another process takes some while the search runs
     with in_float32():
         found = (other.loss_gap(choice(meter, "scalar-1")), *other.confirm([plan], int))
     assert found == pytest.approx(expected, rel=1e-4)
     assert other.loss_gap(choice(meter, "skip")) == 0, "what was lent when it broke has come back"
     said = re.findall("again with a batch of ([0-9]+)", capsys.readouterr().err)
     assert said == ["4", "2", "1"]
-    most = 0
+    gpu.most = 0
     with pytest.raises(WindquantError, match="out of GPU memory with a batch of 1"):
         other.loss_gap(choice(meter, "skip"))
 

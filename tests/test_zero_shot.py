@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.families import memory_for
+from tests.families import FullGpu, memory_for
 from windquant import calibration, compute, memory, models, step, streaming
 from windquant.articles import Article
 from windquant.decoder import decoder_layers
@@ -172,18 +172,9 @@ def test_a_batch_that_does_not_fit_is_halved(
 ) -> None:
     """The tasks are asked again from the start."""
     whole = evaluate(tiny_model_folder, artifact, tmp_path / "whole.json", "--limit", "12")
-    sizes = []
-    call = LlamaDecoderLayer.forward
-
-    def small(self: nn.Module, hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        sizes.append(len(hidden))
-        if len(hidden) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
-        return call(self, hidden, *arguments, **options)
-
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", small)
+    gpu = FullGpu(monkeypatch, 2)
     assert evaluate(tiny_model_folder, artifact, tmp_path / "small.json", "--limit", "12") == whole
-    assert sorted(set(sizes)) == [2, 4, 8]
+    assert sorted(set(gpu.sizes)) == [2, 4, 8]
 
 
 def test_a_call_that_ended_half_way_does_no_harm(tiny_model_folder: Path) -> None:

@@ -115,7 +115,11 @@ class WindquantQuantizer(HfQuantizer):
                     "float16, bfloat16 or float32"
                 )
             biased, weight = linear.bias is not None, linear.weight
-            allocated = layout.shapes() if folder is None else () if device_map is None else ("codes",)
+            allocated: Iterable[str] = ()
+            if folder is None:  # a frame without weights
+                allocated = layout.shapes()
+            elif device_map is not None:  # transformers chooses where they go
+                allocated = ("codes",)
             setattr(parent, layout.linear.kind, PackedLinear(layout, biased, weight.dtype, weight.device, allocated))
         taken = "|".join(sorted({key for layout in layouts.values() for key in layout.shapes()}))
         model._keys_to_ignore_on_load_unexpected = {

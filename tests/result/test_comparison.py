@@ -1,0 +1,67 @@
+"""Results side by side: the table, and the picture of the budgets."""
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.result.experiment import assemble, chain
+from windquant import comparison, step
+from windquant.report import pareto_picture
+
+
+def compare(*results: str) -> pd.DataFrame:
+    argv = ["--output", "results/c.csv", "--results", *results]
+    step.main("comparison", comparison.run, comparison.Settings, ("results*",), argv=argv, light=True)
+    return pd.read_csv("results/c.csv")
+
+
+def test_comparison() -> None:
+    for allocator, value in (("uniform", 130.0), ("ppo", 50.0), ("greedy", 60.0)):
+        assemble(chain(allocator, value), f"results/m_2.0bits.{allocator}.json")
+    table = compare(*(f"results/m_2.0bits.{name}.json" for name in ("uniform", "ppo", "greedy")))
+    assert list(table["allocator"]) == ["ppo", "greedy", "uniform"]
+    assert list(table["perplexity_wikipedia_quantized"]) == [50.0, 60.0, 130.0]
+    assert list(table["perplexity_wikipedia_original"]) == [19.4] * 3
+    assert table["gap_wikipedia_quantized"][0] == pytest.approx(math.log(50 / 19.4), abs=1e-4)
+    assert list(table["zero_shot_average_quantized"]) == [0.425] * 3
+    assert {"effective_bits", "seconds", "fallbacks", "actions_scalar-2"} <= set(table)
+    assert list(table["seeds"]) == [1] * 3
+    assert table["perplexity_wikipedia_quantized_std"].isna().all()
+
+
+def test_comparison_of_seeds_changes_and_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    """Seeds share a row, changes and budgets do not."""
+    values = {"2.0bits": 50.0, "2.0bits.ppo-1": 54.0, "2.0bits.ppo-chunk32": 48.0, "2.0bits.ppo-chunk32-1": 49.0}
+    paths = []
+    for seed, (name, value) in enumerate(values.items()):
+        entry = assemble(chain("ppo", value), "results/r.json")
+        paths.append(f"results/m_{name}.json")
+        Path(paths[-1]).write_text(json.dumps({**entry, "seed": seed % 2}))
+    assemble(chain("ppo", 30.0, target=2.5), "results/m_2.5bits.json")
+    table = compare(*paths, "results/m_2.5bits.json").fillna("")
+    assert list(zip(table["target_bits"], table["change"], table["seeds"], strict=True)) == [
+        (2.0, "chunk32", 2), (2.0, "", 2), (2.5, "", 1)
+    ]  # fmt: skip
+    assert list(table["perplexity_wikipedia_quantized"]) == [48.5, 52.0, 30.0]
+    assert list(table["perplexity_wikipedia_quantized_std"])[:2] == [0.7071, 2.8284]
+    assert "perplexity_wikipedia_original_std" not in table
+
+    other = json.loads(Path(paths[0]).read_text()) | {"model": "n"}
+    Path("results/n_2.0bits.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit):
+        compare(paths[0], "results/n_2.0bits.json")
+    assert "cannot compare different values of model: m, n" in capsys.readouterr().err
+
+
+def test_the_pareto_picture_has_every_budget() -> None:
+    for target, value in ((2.0, 50.0), (2.5, 30.0)):
+        assemble(chain("ppo", value, target=target), f"results/m_{target}bits.json")
+    argv = ["--output", "results/m.pareto.svg", "--results", "results/m_2.0bits.json", "results/m_2.5bits.json"]
+    step.main("pareto_picture", pareto_picture.run, pareto_picture.Settings, ("results*",), argv=argv, light=True)
+    picture = Path("results/m.pareto.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert "perplexity 50.00" in picture
+    assert "perplexity 30.00" in picture
