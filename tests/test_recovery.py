@@ -114,6 +114,24 @@ def test_a_tuning_that_diverges_is_dropped(
     assert Manifest.load(folder).notes["divergence"]["kept"] is False
 
 
+def test_a_tuning_that_diverges_late_keeps_its_best_state(
+    prepared: Prepared,
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The rate grows all the time: at first it helps, then it destroys the model."""
+    monkeypatch.setattr(recovery, "SAVE_EVERY", 4)
+    folder = recover(prepared, packed, tmp_path / "best", steps=200, warmup=200, gain_rate=1.0, norm_rate=3.0)
+    notes = Manifest.load(folder).notes
+    assert len(notes["curve"]) < 200
+    assert "at step" in notes["stopped"]
+    assert notes["divergence"]["kept"] is True
+    assert notes["divergence"]["after"] < notes["divergence"]["before"]
+    assert "recovery is stopped and its best state kept; lower recovery.gain_rate" in capsys.readouterr().err
+
+
 class Killed(Exception):
     pass
 

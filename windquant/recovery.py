@@ -11,6 +11,7 @@ rounding costs is trained away, and the checkpoint takes exactly as many bytes a
 Where original and quantized model do not fit into memory together, the same steps go layer by layer (layerwise.py).
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from windquant.layerwise import Streamed
 from windquant.progress import Progress
 from windquant.tuning import Tuning, divergence, drawn, kl_divergence, norms_of
 
-SAVE_EVERY = 20  # steps between two training checkpoints
+SAVE_EVERY = 20  # steps between two training checkpoints, and between two looks at the curve
+DIVERGED = 1.5  # times the lowest mean divergence of so many steps: the tuning is stopped
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,15 @@ def trainable(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.P
 def distill(task: step.Task, model: Whole | Streamed, tuning: Tuning) -> list[float]:
     """Train gains and norms in place; goes on from the last training checkpoint in the task's cache.
 
-    Returns the divergence of every step's window, before that step, in nats per token.
+    A tuning that diverges is stopped and its best state restored. Returns the divergence of every step's window,
+    before that step, in nats per token.
     """
     optimizer = tuning.optimizer(model.gains.values(), model.norms.values())
     parameters = {f"gain:{name}": value for name, value in model.gains.items()}
     parameters |= {f"norm:{name}": value for name, value in model.norms.items()}
     curve = _resume(task.cache, parameters, optimizer)
+    best = latest = _copies(parameters)
+    lowest = _recent(curve)
     progress: Progress[None] = task.progress(total=tuning.steps, label="recovery")
     with progress:
         progress.update(len(curve))
@@ -152,13 +157,18 @@ def distill(task: step.Task, model: Whole | Streamed, tuning: Tuning) -> list[fl
             model.rounding = index >= tuning.steps // 2  # from here on with the gains as they will be stored
             optimizer.zero_grad()
             loss = model.learn(index % len(model.windows))
-            if not loss.isfinite():
-                break  # the check against the untuned model decides what is kept
-            optimizer.step()
+            recent = _recent([*curve, loss.item()])
+            if not loss.isfinite() or recent > DIVERGED * lowest:
+                _stop(task, f"from {lowest:.3g} to {recent:.3g} nats at step {index + 1}", parameters, best)
+                break
             curve.append(loss.item())
+            optimizer.step()
             task.metric("recovery_divergence", curve[-1], index)
             progress.update(1)
             if (index + 1) % SAVE_EVERY == 0:
+                if recent < lowest:  # which the state at the beginning of these steps has led to
+                    best, lowest = latest, recent
+                latest = _copies(parameters)
                 _save(task.cache, curve, parameters, optimizer)
     return curve
 
@@ -174,6 +184,29 @@ def stored(quantized: Path, model: Whole | Streamed) -> dict[str, Tensor]:
         model.gains[name].copy_(stored_gain(layout, before, after))
         changes[f"{name}.scales"] = after["scales"]
     return changes
+
+
+def _recent(curve: list[float]) -> float:
+    """Mean divergence of the latest steps; inf where there is none."""
+    latest = curve[-SAVE_EVERY:]
+    return sum(latest) / len(latest) if latest else math.inf
+
+
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def _stop(task: step.Task, change: str, parameters: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
+    """Restore the best state, and say so."""
+    for name, value in parameters.items():
+        value.data.copy_(best[name])
+    print(
+        f"the divergence went {change}: recovery is stopped and its best state kept; lower recovery.gain_rate or "
+        "recovery.norm_rate",
+        file=sys.stderr,
+        flush=True,
+    )
+    task.note("stopped", change)
 
 
 def _save(folder: Path, curve: list[float], parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from tests.workflow.conftest import BITS, LOCAL, MODEL, ROOT, tiny_config
+from tests.workflow.conftest import BITS, GREEDY, LOCAL, MODEL, ROOT, tiny_config
 
 SLURM = ROOT / "workflow" / "profiles" / "slurm"
 PLAN = f"data/plans/{MODEL}_{BITS}bits.greedy.json"
@@ -81,10 +82,10 @@ def test_a_job_over_its_memory_limit_names_the_log_that_says_so(cluster: Path, f
     assert not (folder / target).exists()
 
 
-def test_the_plan_is_the_local_one_and_a_killed_job_is_submitted_again(
+def test_the_whole_workflow_makes_what_it_makes_here_and_a_killed_job_is_submitted_again(
     cluster: Path, folder: Path, finished_once: Path
 ) -> None:
-    running = submit(folder, PLAN)
+    running = submit(folder, GREEDY, "--config", "units={jobs: 2}")
     killed = None
     deadline = time.monotonic() + 60
     while killed is None and time.monotonic() < deadline:
@@ -97,7 +98,15 @@ def test_the_plan_is_the_local_one_and_a_killed_job_is_submitted_again(
     output, _ = running.communicate(timeout=600)
     assert running.returncode == 0, output[-4000:]
     assert "Trying to restart job" in output
+    print(output)
     assert (folder / PLAN).read_bytes() == (finished_once / PLAN).read_bytes()
+    submitted = re.findall(r"^rule (\w+):", output, re.MULTILINE)
+    assert {rule: submitted.count(rule) for rule in ("bank_part", "bank", "zero_shot_original", "zero_shot")} == {
+        "bank_part": 2, "bank": 1, "zero_shot_original": 2, "zero_shot": 2
+    }  # fmt: skip
+    there, here = (json.loads((base / GREEDY).read_text()) for base in (folder, finished_once))
+    for key in ("perplexity", "zero_shot", "actions", "effective_bits"):
+        assert there[key] == here[key]
 
 
 class Cluster(BaseHTTPRequestHandler):
