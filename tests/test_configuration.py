@@ -87,7 +87,7 @@ def test_the_default_model_needs_no_hub() -> None:
     assert resolved["calibration"]["source"] == "articles"
     assert resolved["calibration"]["test_source"] == "same"
     assert resolved["evaluation"]["tasks"] == ["cloze", "next_sentence"]
-    assert resolved["units"]["chunk"] == 64
+    assert resolved["units"]["chunk"] == 192
 
 
 def test_a_models_own_section_wins_over_the_shared_one_and_that_over_the_default() -> None:

@@ -130,8 +130,8 @@ def describe(model: str, text: str | None) -> tuple[str, dict[str, Any]]:
             raise WindquantError(f"--text {text}: no such file; give a text file, articles or hub")
         entry["calibration"] = {"source": "file", "path": str(file.resolve()), "whole": False, "test_source": "same"}
         entry["evaluation"] = {"tasks": [], "windows": 16}
-    if entry["source"] == "folder" and 0 < narrowest(path) < SMALL:
-        entry["units"] = {"chunk": 64, "protected": 0.0}
+    if entry["source"] == "folder" and 0 < (width := narrowest(path)) < SMALL:
+        entry["units"] = {"chunk": max(64, min(256, width // 3 // 64 * 64)), "protected": 0.0}  # a third, in 64s
     return re.sub(r"[/_\s]+", "-", name.lower()), entry
 
 

@@ -4,8 +4,10 @@
     python -m benchmarks.budgets --kind alone --output alone.json         # a search per budget: 10 minutes
     python -m benchmarks.budgets --kind alone --budgets 2.0 --output alone2.json
     python -m benchmarks.budgets --show shared.json alone.json            # the table
+    python -m benchmarks.budgets --kind transferred --model gemma3-270m --policy SEARCH.safetensors
 
-Kinds: `shared` (one search), `alone`, `layer` (one search that decides layer by layer), `evolution` (per budget). The
+Kinds: `shared` (one search), `alone`, `layer` (one search that decides layer by layer), `evolution` (per budget),
+`transferred` (another model's policy as it is), `started` (one search that begins with another model's policy). The
 plans are those of the allocators themselves, before any comparison with the Lagrangian plan, whose losses stand beside.
 Losses are those of the stand-in (`windquant/measure.py`): under the noise that the search saw, and under another draw.
 It reads what the workflow has left in data/ and resources/ of a model.
@@ -41,9 +43,14 @@ def searched(bank: Bank, options: argparse.Namespace, targets: tuple[float, ...]
         per="layer" if by_layer else "chunk",
     )
     subject = layers.merged(bank) if by_layer else bank
-    found = ppo.search(
-        subject, options.seed, settings, lambda choice: measure(layers.spread(bank, choice) if by_layer else choice)
-    )
+    start = Learned.load(options.policy) if options.policy else None
+    if start:
+        start.check(bank, settings.per, transfer=True)
+
+    def loss(choice: Choice) -> float:
+        return measure(layers.spread(bank, choice) if by_layer else choice)
+
+    found = ppo.search(subject, options.seed, settings, loss, start=start)
     return dataclasses.replace(found, bank=bank.sha256)
 
 
@@ -59,7 +66,11 @@ def plans(bank: Bank, options: argparse.Namespace, measure: Measure) -> dict[flo
         }
     if options.kind == "alone":
         return {bits: searched(bank, options, (bits,), measure).plan(bank, bits) for bits in options.budgets}
-    found = searched(bank, options, RANGE, measure)
+    if options.kind == "transferred":
+        found = Learned.load(options.policy)
+        found.check(bank, transfer=True)
+    else:
+        found = searched(bank, options, RANGE, measure)
     return {bits: found.plan(bank, bits) for bits in options.budgets}
 
 
@@ -115,7 +126,9 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kind", choices=("shared", "alone", "layer", "evolution"), default="shared")
+    kinds = ("shared", "alone", "layer", "evolution", "transferred", "started")
+    parser.add_argument("--kind", choices=kinds, default="shared")
+    parser.add_argument("--policy", type=Path, help="of another model; kinds transferred and started")
     parser.add_argument("--root", type=Path, default=Path(), help="folder with data/ and resources/")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seed", type=int, default=0)
@@ -129,6 +142,8 @@ def main() -> None:
     if options.show:
         print(table([json.loads(path.read_text()) for path in options.show]))
         return
+    if (options.kind in ("transferred", "started")) != (options.policy is not None):
+        parser.error("--policy goes with --kind transferred or started")
     torch.set_num_threads(options.threads)
     found = run(options)
     if options.output:

@@ -88,7 +88,7 @@ def test_all_budgets_share_one_search(folder: Path, snakemake: Snakemake) -> Non
 @pytest.mark.parametrize(
     ("model", "ablation", "banks", "searches", "results"),
     [
-        ("smollm2-135m", "chunk", 3, 3, 3),
+        ("smollm2-135m", "chunk", 4, 4, 4),
         ("llama3.2-1b", "protection", 4, 4, 5),  # 3 % is the default: it shares that bank
         ("smollm2-135m", "order", 2, 2, 2),
         ("smollm2-135m", "measured", 1, 4, 5),

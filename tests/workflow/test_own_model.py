@@ -110,7 +110,7 @@ def test_a_dry_run_shows_the_chain_and_paths_are_absolute(folder: Path, tiny_mod
 
 def test_a_ready_model_keeps_its_settings() -> None:
     name, entry = own_model.describe("smollm2-135m", None)
-    assert (name, entry["source"], entry["units"]["chunk"]) == ("smollm2-135m", "embedded", 64)
+    assert (name, entry["source"], entry["units"]["chunk"]) == ("smollm2-135m", "embedded", 192)
     name, entry = own_model.describe("Qwen/Qwen3_0.6B", None)
     assert (name, entry) == ("qwen3-0.6b", {"source": "hub", "id": "Qwen/Qwen3_0.6B"})
     assert own_model.anchored({"calibration": {"path": "a/b", "source": "file"}, "models": {}}) == {
