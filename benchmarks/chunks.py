@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(), help="folder of the project")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 192, 576], help="each divides the next")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 192], help="each divides the next")
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.6, 2.0, 2.5, 3.0])
     given = parser.parse_args()
     sizes = sorted(given.sizes)
