@@ -1,6 +1,6 @@
 """Tiny models, random texts and the steps in a row, for the tests of the core.
 
-Everything stays small: window 8 and two trellis patterns, because numba compiles each pattern for seconds.
+Everything stays small: window 8 and three trellis patterns, because numba compiles each pattern for seconds.
 """
 
 import json
@@ -27,7 +27,10 @@ from windquant.units import Linear
 
 WINDOW = 8
 #: From the cheapest width to the dearest, as in a bank's menu.
-NAMES = ["scalar-1", "scalar-1.5", "trellis-1.5", "scalar-2", "trellis-2", "scalar-3", "scalar-4", "scalar-8", "skip"]
+NAMES = [
+    "scalar-1", "scalar-1.5", "trellis-1.5", "scalar-2", "trellis-2", "trellis-2.5", "scalar-3", "scalar-4", "scalar-8",
+    "skip",
+]  # fmt: skip
 
 
 def family(name: str) -> PreTrainedModel:

@@ -147,7 +147,7 @@ def test_more_bits_cost_less(treatment: str) -> None:
 
 
 @pytest.mark.parametrize("protected", [0.0, 0.04])
-@pytest.mark.parametrize("names", [*NAMES, "skip trellis-2 scalar-1", "scalar-2 scalar-1.5 trellis-1.5"])
+@pytest.mark.parametrize("names", [*NAMES, "skip trellis-2 scalar-1", "scalar-2 scalar-1.5 trellis-3.5"])
 def test_the_stored_tensors_stand_for_the_returned_weight(names: str, protected: float) -> None:
     weight, covariance, form = gaussian(ROWS, COLUMNS), correlated(), layout(names, protected)
     tensors, decoded, order = quantized(weight, covariance, form)

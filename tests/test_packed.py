@@ -95,7 +95,7 @@ def test_tensors_have_the_shapes_and_bytes_of_the_layout(layout: Layout, seed: i
 @pytest.mark.parametrize("rows", [5, 64, 1100])  # 1100 rows are three streams
 @pytest.mark.parametrize("protected", [0.0, 0.03])
 def test_the_decoded_weight_is_the_quantized_one(rows: int, protected: float) -> None:
-    layout = layout_of(rows, 13 * 16 + 9, 16, protected, list(actions()))
+    layout = layout_of(rows, 15 * 16 + 9, 16, protected, list(actions()))
     _, order, tensors, decoded = quantized(layout)
     assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()} == layout.shapes()
     unpacked = unpack_order(tensors["order"], layout.linear.columns, layout.widths, layout.protected)
@@ -112,7 +112,7 @@ def test_skipped_weights_keep_their_precision() -> None:
 
 def test_decode_is_the_reference_of_the_fast_path() -> None:
     """Codes unpacked one chunk at a time and decoded by their treatment are what `segments` gives for many."""
-    layout = layout_of(75, 13 * 16 + 9, 16, 0.03, [*actions(), "trellis-2", "scalar-3"])
+    layout = layout_of(75, 16 * 16 + 9, 16, 0.03, [*actions(), "trellis-2", "scalar-3"])
     _, order, tensors, _ = quantized(layout)
     chunks = decode_chunks(layout, tensors)
     assert [chunk for chunk, _ in chunks] == layout.storage_order

@@ -10,7 +10,7 @@ from windquant.storage import TERNARY, Pattern, pack, stream_bytes, unpack, unpa
 #: A busy machine may stop a test for seconds.
 quickly = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
-PATTERNS: list[Pattern] = [(1, 1), (1, 2), (2, 2), (3, 3), (4, 4), (8, 8), TERNARY]
+PATTERNS: list[Pattern] = [(1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (8, 8), TERNARY]
 
 
 @st.composite
@@ -60,6 +60,8 @@ def test_windows_are_the_last_bits_of_the_stream(stream: tuple[Pattern, Tensor],
         ([1, 0, 1, 1, 0, 0, 0, 0, 1], (1, 1), [0b00001101, 1]),
         ([1, 2, 3, 0, 2], (2, 2), [0b00111001, 2]),
         ([1, 3, 0, 2], (1, 2), [0b100111]),
+        ([2, 5, 1, 7], (2, 3), [0b10110110, 0b11]),
+        ([5, 9, 3], (3, 4), [0b11001101, 1]),
         ([7, 1, 4], (3, 3), [0b00001111, 1]),
         ([5, 10], (4, 4), [0xA5]),
         ([255, 7], (8, 8), [255, 7]),

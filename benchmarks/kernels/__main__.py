@@ -46,7 +46,9 @@ PLANS = {
     "scalar 4": ["scalar-4"],
     "trellis 1.6": ["trellis-2", "trellis-1", "trellis-2", "trellis-1", "trellis-2"],
     "trellis 2": ["trellis-2"],
+    "trellis 2.5": ["trellis-2.5"],
     "trellis 3": ["trellis-3"],
+    "trellis 3.5": ["trellis-3.5"],
     "trellis 4": ["trellis-4"],
     "mixed 2": ["trellis-3", "trellis-2", "trellis-2", "trellis-1.5", "trellis-1.5"],
 }

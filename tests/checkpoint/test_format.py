@@ -30,12 +30,18 @@ def number(data: Array) -> int:
     return int.from_bytes(data.tobytes(), "little")
 
 
+def code_width(bits: str, row: int) -> int:
+    """2 and 3 in turn of "2.5"; 2 of "2"."""
+    whole, half, _ = bits.partition(".5")
+    return int(whole) + (row % 2 if half else 0)
+
+
 def read_codes(column: Array, rows: int, bits: str) -> list[int]:
     if bits == "1.6":
         return [int(column[row // 5]) // 3 ** (row % 5) % 3 for row in range(rows)]
     stream, result, place = number(column), [], 0
     for row in range(rows):
-        width = (2 if row % 2 else 1) if bits == "1.5" else int(bits)
+        width = code_width(bits, row)
         result.append(stream >> place & (1 << width) - 1)
         place += width
     return result
@@ -50,7 +56,7 @@ def read_states(codes: list[int], bits: str, window: int) -> list[int]:
         stream = place = 0
         for row, code in enumerate(codes[start : start + tile], start):
             stream |= code << place + window  # `window` zeros before the beginning
-            place += (2 if row % 2 else 1) if bits == "1.5" else int(bits)
+            place += code_width(bits, row)
             result.append(stream >> place & (1 << window) - 1)
     return result
 
@@ -95,9 +101,8 @@ def read_linear(name: str, quantization: dict[str, Any], tensors: dict[str, Arra
     place = scales = offsets = 0
     for chunk in sorted(range(len(names)), key=lambda chunk: (int(stored["actions"][chunk]), chunk)):
         action, width_bits, levels, has_scale, has_offset, rotated = table[int(stored["actions"][chunk])]
-        length = {"1.6": math.ceil(rows / 5), "1.5": math.ceil((math.ceil(rows / 2) + rows // 2 * 2) / 8)}.get(
-            width_bits, 0
-        ) or math.ceil(int(float(width_bits)) * rows / 8)
+        bits = sum(code_width(width_bits, row) for row in range(rows)) if width_bits != "1.6" else 0
+        length = math.ceil(bits / 8 if bits else rows / 5)
         found = np.empty((rows, widths[chunk]))
         for column in range(widths[chunk]):
             data = stored["codes"][place : place + length]

@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from windquant.kernels import dequantize, product, quantize
+from windquant.kernels.launches import IDS, PROTECTED
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
@@ -27,8 +28,9 @@ CHUNK = {
 ONE = SHARED | {"STEP": 8, "VECTOR": True, "PADDED": 16, "GROUPS": 64}
 SOME = SHARED | {"STEP": 32, "VECTOR": False, "PADDED": 16, "GROUPS": 8}
 PREPARE = {"SIZE": 64, "SIDE": 64, "PADDED": 16}
-MIXED = 1 << 4 | 1 << 3  # scalar-2 and trellis-1.5
-REST = {name: 1 << number for name, number in (("trellis-4", 9), ("ternary", 2), ("skip", 11), ("protected", 12))}
+MIXED = 1 << IDS["scalar-2"] | 1 << IDS["trellis-1.5"]
+REST = {name: 1 << IDS[name] for name in ("trellis-2.5", "trellis-3.5", "trellis-4", "scalar-1.5", "scalar-3", "skip")}
+REST["protected"] = 1 << PROTECTED
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "prepare one": (product.prepare, TABLES | {"prepared": "*fp32"}, PREPARE | {"VECTOR": True}),
     "prepare some": (product.prepare, TABLES | {"prepared": "*bf16"}, PREPARE | {"VECTOR": False}),

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from benchmarks.kernels.random_weights import layout_of, random_order, random_tensors
+from windquant.kernels import cpu
 from windquant.kernels.launches import Launch
 from windquant.packed import Format, dequantize
 from windquant.quantizers import actions
 
 NAMES = list(actions())
+TRELLISES = [name for name in NAMES if name.startswith("trellis")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -16,8 +18,8 @@ NAMES = list(actions())
     ("rows", "columns", "chunk", "names"),
     [
         *((48, 20, 16, [name]) for name in NAMES),
-        (37, 99, 7, NAMES),
-        (1030, 40, 8, ["trellis-1.5", "scalar-1.5", "skip"]),
+        (37, 115, 7, NAMES),
+        (1030, 40, 8, ["trellis-1.5", "trellis-2.5", "trellis-3.5", "scalar-1.5", "skip"]),
     ],
 )
 def test_the_weight_is_that_of_the_reference(
@@ -32,3 +34,25 @@ def test_the_weight_is_that_of_the_reference(
     expected = dequantize(layout, tensors, order)[:, order]
     close = 1e-5 if dtype == torch.float32 else 1e-3
     torch.testing.assert_close(found.float(), expected, rtol=close, atol=close * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("rows", [48, 531])  # 531 rows are two streams
+@pytest.mark.parametrize("name", TRELLISES)
+def test_every_reader_finds_the_same_states(
+    name: str, rows: int, generator: torch.Generator, device: torch.device
+) -> None:
+    """Scales of one and chunks of one column leave nothing to round: reference, compiled decoder and kernel agree."""
+    layout = layout_of(rows, 5, Format(1, 0.0, 12, torch.float16), [name])
+    order = random_order(layout, generator)
+    tensors = random_tensors(layout, order, generator)
+    for key in ("scale_grid", "row_scales", "chunk_scales"):
+        tensors[key].zero_()
+    expected = dequantize(layout, tensors, order)
+    assert len(expected.unique()) > rows // 2
+    assert torch.equal(cpu.decode(layout, tensors, order, torch.float32, 1), expected)
+    moved = {key: tensor.to(device) for key, tensor in tensors.items()}
+    found = Launch([layout], [moved], order.to(device), [None]).weight(0, torch.float32).cpu()
+    if device.type == "cpu":
+        assert torch.equal(found, expected[:, order])
+    else:  # products of three TF32 numbers have a bit or two less than FP32
+        torch.testing.assert_close(found, expected[:, order], rtol=1e-6, atol=0)

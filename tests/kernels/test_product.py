@@ -80,13 +80,13 @@ def test_any_shape(
 
 @pytest.mark.parametrize("rows", [1030, 1056])  # three streams of a trellis, two tiles of the product
 def test_tall(rows: int, generator: torch.Generator, device: torch.device) -> None:
-    names = ["trellis-1.5", "trellis-3", "scalar-1.5"]
-    check([layout_of(rows, 24, form(8, 0.0), names)], 1, torch.float16, generator, device)
+    names = ["trellis-1.5", "trellis-2.5", "trellis-3", "trellis-3.5", "scalar-1.5"]
+    check([layout_of(rows, 40, form(8, 0.0), names)], 1, torch.float16, generator, device)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_linears_of_one_input_in_one_launch(batch: int, generator: torch.Generator, device: torch.device) -> None:
-    names = [["trellis-2", "scalar-4"], ["trellis-3"], ["scalar-2", "skip", "trellis-1"]]
+    names = [["trellis-2", "scalar-4"], ["trellis-3.5"], ["scalar-2", "skip", "trellis-1"]]
     layouts = [
         layout_of(rows, 50, form(16, 0.1, torch.bfloat16), chosen, name, "q")
         for rows, chosen, name in zip((80, 16, 16), names, "qkv", strict=True)

@@ -79,7 +79,7 @@ def loss(entry: Treatment, columns: Tensor, energy: Tensor, fit: object) -> Tens
 
 @pytest.mark.parametrize(
     ("rows", "columns", "chunk", "protected"),
-    [(37, 13 * 5 + 3, 5, 0.1), (16, 13, 1, 0.0), (1, 70, 6, 0.03)],
+    [(37, 15 * 5 + 3, 5, 0.1), (16, 15, 1, 0.0), (1, 90, 6, 0.03)],
     ids=["odd", "columns of one", "one row"],
 )
 def test_a_linear_is_stored_as_the_reference_stores_it(

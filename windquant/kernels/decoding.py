@@ -1,23 +1,48 @@
 """What all kernels share: from packed bytes to levels, on tiles [16, columns, groups] of a weight.
 
-A *group* is 16 rows of one column: 2, 3, 4, 6, 8, 16 or 32 whole bytes at 1, 1.5, 2, 3, 4, 8 or 16 bits. Triton deals a
-tile out to the threads from the last dimension on, so that a thread holds whole groups: the 16 rows lie in its
-registers and every shift and mask below is a constant of the compiled kernel. With 32 groups a warp, sums over columns
-need no other thread either.
+A *group* is 16 rows of one column and twice as many whole bytes as a weight has bits: 2 at 1 bit, 3 at 1.5, 7 at 3.5.
+Triton deals a tile out to the threads from the last dimension on, so that a thread holds whole groups: the 16 rows lie
+in its registers and every shift and mask below is a constant of the compiled kernel. With 32 groups a warp, sums over
+columns need no other thread either.
 
 Codes of k bits become floats without a conversion: put into the top of the mantissa of 1.0, a code c reads 1 + c / 2^k.
 The `ONE` that it carries along is taken off once per chunk, by the sum of the activations, not once per weight.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from windquant.quantizers import Treatment, actions
+from windquant.quantizers.scalar import Scalar
+from windquant.quantizers.skip import Skip
+from windquant.quantizers.trellis import Trellis
+
+
+class Kind(NamedTuple):
+    """What the kernels have to know about an action."""
+
+    even: int  # bits at even and at odd rows; 0 stands for ternary codes
+    odd: int
+    trellis: bool
+    scale: bool
+    offset: bool
+    middle: float  # the code that stands for 0
+
+    @classmethod
+    def of(cls, entry: Treatment) -> "Kind":
+        even, odd = (16, 16) if isinstance(entry, Skip) else entry.pattern
+        middle = entry.middle if isinstance(entry, Scalar) else 0.0
+        return cls(even, odd, isinstance(entry, Trellis), entry.has_scale, entry.has_offset, middle)
+
+
 GROUP = tl.constexpr(16)
-ACTIONS = tl.constexpr(13)  # those of docs/format.md by number, and the protected columns behind them
-TERNARY = tl.constexpr(2)
-SCALAR_8 = tl.constexpr(10)
-SKIP = tl.constexpr(11)
-PROTECTED = tl.constexpr(12)
+#: Of the actions by number (docs/format.md), and of the protected columns behind them. Triton keeps compiled kernels
+#: under a hash that these values are part of: with other actions it compiles anew.
+KINDS = tl.constexpr((*map(Kind.of, actions().values()), Kind(8, 8, False, False, False, 128.0)))
+ACTIONS = tl.constexpr(len(KINDS.value))
+PROTECTED = tl.constexpr(len(KINDS.value) - 1)
 MANTISSA_ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 
 
@@ -40,31 +65,33 @@ def load_bytes(base, left, columns, COUNT: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.constexpr_function
+def even_bits(ACTION):
+    """Bits of the code at an even row; of every code where all are alike."""
+    return KINDS.value[ACTION].even
+
+
+@triton.constexpr_function
 def pair_bits(ACTION):
-    """Bits that two rows take together: 2, 3, 4, 6 or 8 for the actions 0 to 9."""
-    half = ACTION // 2
-    return half + 2 if half < 3 else 2 * half
+    """Bits that two rows take together; a group has as many bytes, since it is eight pairs."""
+    return KINDS.value[ACTION].even + KINDS.value[ACTION].odd
 
 
 @triton.jit
 def stride_of(rows, ACTION: tl.constexpr):
     """Bytes of one column of `rows` codes (`storage.stream_bytes`)."""
-    if ACTION == TERNARY:
+    if is_ternary(ACTION):
         return (rows + 4) // 5
-    elif ACTION == SKIP:
-        return 2 * rows
-    elif ACTION >= SCALAR_8:
-        return rows
     else:
-        PAIR: tl.constexpr = pair_bits(ACTION)
-        return ((rows + 1) // 2 * (PAIR // 2) + rows // 2 * (PAIR - PAIR // 2) + 7) // 8
+        EVEN: tl.constexpr = even_bits(ACTION)
+        return ((rows + 1) // 2 * EVEN + rows // 2 * (pair_bits(ACTION) - EVEN) + 7) // 8
 
 
 @triton.jit
 def ends(slot, ACTION: tl.constexpr):
     """The bit of a group behind the code of every row of it."""
+    EVEN: tl.constexpr = even_bits(ACTION)
     PAIR: tl.constexpr = pair_bits(ACTION)
-    return slot // 2 * PAIR + PAIR // 2 + (slot & 1) * (PAIR - PAIR // 2)
+    return slot // 2 * PAIR + EVEN + (slot & 1) * (PAIR - EVEN)
 
 
 @triton.jit
@@ -93,18 +120,16 @@ def in_mantissa(code, one, BITS: tl.constexpr):
 @triton.jit
 def factors(slot, ACTION: tl.constexpr):
     """What `levels` has divided the codes of every row of a group by, float32 [16]."""
-    if ACTION == TERNARY:
+    if is_ternary(ACTION):
         return tl.full(slot.shape, 4.0, tl.float32)
-    elif ACTION >= SKIP:
-        return tl.full(slot.shape, 256.0 if ACTION == PROTECTED else 1.0, tl.float32)
-    elif ACTION == SCALAR_8:
-        return tl.full(slot.shape, 256.0, tl.float32)
-    elif is_trellis(ACTION):
+    elif not has_one(ACTION):
         return tl.full(slot.shape, 1.0, tl.float32)
-    elif ACTION == 6:
-        return tl.full(slot.shape, 8.0, tl.float32)
+    elif even_bits(ACTION) == 8:
+        return tl.full(slot.shape, 256.0, tl.float32)
+    elif straddles(ACTION):
+        return tl.full(slot.shape, 1 << even_bits(ACTION), tl.float32)
     else:
-        BITS: tl.constexpr = pair_bits(ACTION) // 2
+        BITS: tl.constexpr = even_bits(ACTION)
         exponent = 8 - (BITS * slot) % 8  # 23 - the lowest bit of the code in the mantissa
         return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
@@ -112,28 +137,43 @@ def factors(slot, ACTION: tl.constexpr):
 @triton.constexpr_function
 def is_trellis(ACTION):
     """Whether the action is a trellis, and so rotated and without an offset."""
-    return ACTION % 2 == 1 and ACTION <= 9
+    return KINDS.value[ACTION].trellis
+
+
+@triton.constexpr_function
+def is_ternary(ACTION):
+    """Whether five codes share a byte."""
+    return KINDS.value[ACTION].even == 0
+
+
+@triton.constexpr_function
+def straddles(ACTION):
+    """Whether scalar codes begin in one byte and end in the next: those of 3 bits."""
+    return 8 % KINDS.value[ACTION].even != 0
+
+
+@triton.constexpr_function
+def has_scale(ACTION):
+    """Whether every row of a chunk has a scale."""
+    return KINDS.value[ACTION].scale
 
 
 @triton.constexpr_function
 def has_offset(ACTION):
     """Whether every row of a chunk has an offset."""
-    return ACTION in (0, 4, 6, 8)
+    return KINDS.value[ACTION].offset
 
 
 @triton.constexpr_function
 def has_one(ACTION):
     """Whether the floats of `levels` carry a 1 along."""
-    return not is_trellis(ACTION) and ACTION != 11
+    return not KINDS.value[ACTION].trellis and KINDS.value[ACTION].even < 16
 
 
 @triton.constexpr_function
 def middle(ACTION):
     """The code that stands for 0."""
-    special = {2: 1.0, 10: 127.5, 11: 0.0, 12: 128.0}
-    if ACTION in special:
-        return special[ACTION]
-    return 0.0 if is_trellis(ACTION) else (2 ** (pair_bits(ACTION) // 2) - 1) / 2.0
+    return KINDS.value[ACTION].middle
 
 
 @triton.jit
@@ -149,7 +189,7 @@ def levels(
     """
     slot = tl.arange(0, GROUP)[:, None, None]
     keep = columns[:, None] & (group[None, :] >= 0)
-    if ACTION == TERNARY:
+    if is_ternary(ACTION):
         row = group[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
         inside = columns[None, :, None] & (row // 5 < stride)[:, None, :]
         byte = tl.load(base[None, :, None] + (row // 5)[:, None, :], mask=inside, other=0).to(tl.int32)
@@ -160,7 +200,7 @@ def levels(
         )
         fraction = (byte * inverse[:, None, :]) & 0xFFFF
         return in_mantissa((fraction * 3) >> 16, one, 2)
-    elif ACTION == SKIP:
+    elif even_bits(ACTION) == 16:  # skipped weights
         start = 32 * group[None, :]
         address = base[:, None] + start
         first = load_bytes(address, stride - start, keep, 8, ALIGN)[None]
@@ -170,7 +210,7 @@ def levels(
         word = tl.where(slot < 4, first, tl.where(slot < 8, second, tl.where(slot < 12, third, fourth)))
         bits = (word >> (16 * (slot % 4)).to(tl.uint64)).to(tl.uint16)
         return bits.to(STORED, bitcast=True).to(tl.float32)
-    elif ACTION >= SCALAR_8:
+    elif even_bits(ACTION) == 8:
         start = 16 * group[None, :]
         address = base[:, None] + start
         low = load_bytes(address, stride - start, keep, 8, ALIGN)[None]
@@ -183,7 +223,7 @@ def levels(
         address = base[:, None] + start
         stream = load_bytes(address, stride - start, keep, PAIR, ALIGN)[None]
         if is_trellis(ACTION):  # a state is the last WINDOW bits of the stream
-            even: tl.constexpr = ALIGN if PAIR % 2 == 0 else 1  # a group of three bytes may begin at an odd one
+            even: tl.constexpr = ALIGN if PAIR % 2 == 0 else 1  # a group of 3, 5 or 7 bytes may begin anywhere
             earlier = load_bytes(address - 2, stride - start + 2, keep & (group[None, :] > 0), 2, even)[None]
             end = ends(slot, ACTION)
             recent = (stream << 16) | earlier
@@ -192,11 +232,12 @@ def levels(
             place = tl.where(end <= 48, near, far).to(tl.uint32) & restart[:, None, :].to(tl.uint32)
             bytewise = table.to(tl.pointer_type(tl.uint8), bitcast=True) + place
             return tl.load(bytewise.to(tl.pointer_type(tl.float32), bitcast=True))
-        elif ACTION == 6:
-            return in_mantissa((stream >> (3 * slot).to(tl.uint64)).to(tl.int32) & 7, one, 3)
+        elif straddles(ACTION):
+            SIZE: tl.constexpr = even_bits(ACTION)
+            return in_mantissa((stream >> (SIZE * slot).to(tl.uint64)).to(tl.int32) & ((1 << SIZE) - 1), one, SIZE)
         else:
             # Eight bits at a time go to the top of the mantissa; each code is left where it lies among them.
-            BITS: tl.constexpr = PAIR // 2
+            BITS: tl.constexpr = even_bits(ACTION)
             byte = BITS * slot // 8
             half = tl.where(byte < 4, stream, stream >> 32).to(tl.int32)
             place = 8 * (byte % 4)
@@ -236,4 +277,4 @@ def chunk_offset(offsets, group, rows, ACTION: tl.constexpr, ALIGN: tl.constexpr
     low = load_bytes(offsets + start, rows - start, start < rows, 8, ALIGN)[None]
     high = load_bytes(offsets + start + 8, rows - start - 8, start < rows, 8, ALIGN)[None]
     signed = in_mantissa(byte_of(low, high, slot) ^ 128, MANTISSA_ONE, 8) * 256 - 384
-    return signed * ((1 << (pair_bits(ACTION) // 2)) / 256.0)
+    return signed * ((1 << even_bits(ACTION)) / 256.0)

@@ -71,7 +71,7 @@ def decode(
                 if action == decoding.PROTECTED:
                     shares = address(linear, SHIELDED_SCALES, tl.float16) + tl.load(entry + COLUMN) + place
                     found *= tl.load(shares, mask=inside, other=0).to(tl.float32)[None, :, None]
-                elif action < decoding.SKIP:
+                elif decoding.has_scale(action):
                     share = tl.load(address(linear, CHUNK_SCALES, tl.float16) + tl.load(entry + CHUNK)).to(tl.float32)
                     packed = address(linear, SCALES, tl.uint8) + tl.load(entry + SCALE) * ((rows + 1) // 2)
                     found *= decoding.chunk_scale(packed, share, grid, logs, group, rows, ALIGN)[:, None, :]

@@ -136,7 +136,7 @@ def _add_chunks(
             else:
                 shift += tl.reshape(offset, (GROUP * GROUPS,))[:, None] * total[None, :]
         inner += shift
-        if ACTION < decoding.SKIP:
+        if decoding.has_scale(ACTION):
             share = tl.load(address(linear, CHUNK_SCALES, tl.float16) + tl.load(entry + CHUNK)).to(tl.float32)
             packed = address(linear, SCALES, tl.uint8) + tl.load(entry + SCALE) * ((rows + 1) // 2)
             scale = decoding.chunk_scale(packed, share, address(linear, GRID, tl.float16), logs, group, rows, ALIGN)

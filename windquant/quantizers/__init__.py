@@ -34,8 +34,10 @@ def actions(window: int = 12, dtype: torch.dtype = torch.float16) -> dict[str, T
         Trellis("trellis-1.5", 1.5, (1, 2), window),
         Scalar("scalar-2", 2, (2, 2), 4, has_offset=True),
         Trellis("trellis-2", 2, (2, 2), window),
+        Trellis("trellis-2.5", 2.5, (2, 3), window),
         Scalar("scalar-3", 3, (3, 3), 8, has_offset=True),
         Trellis("trellis-3", 3, (3, 3), window),
+        Trellis("trellis-3.5", 3.5, (3, 4), window),
         Scalar("scalar-4", 4, (4, 4), 16, has_offset=True),
         Trellis("trellis-4", 4, (4, 4), window),
         Scalar("scalar-8", 8, (8, 8), 256, has_offset=False),
@@ -53,7 +55,7 @@ def action(name: str, window: int, dtype: torch.dtype) -> Treatment:
 
 
 def menu(treatment: str) -> list[str]:
-    """The actions that a `treatment` setting offers to the allocator: seven, or with `mixed` all of them."""
+    """The actions that a `treatment` setting offers to the allocator: its own and what keeps more; `mixed` is all."""
     names = list(actions())
     if treatment == "mixed":
         return names

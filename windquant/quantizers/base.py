@@ -30,7 +30,7 @@ class Coded:
 
 
 class Treatment(Protocol):
-    """How a width is reached. One instance per action; the registry is `windquant.quantizers.ACTIONS`."""
+    """How a width is reached. One instance per action; the registry is `windquant.quantizers.actions`."""
 
     @property
     def name(self) -> str:
