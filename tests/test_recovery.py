@@ -1,5 +1,6 @@
 """Recovery: what is trained, what is stored, and that the step never makes a checkpoint worse."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_a_tuning_that_diverges_late_keeps_its_best_state(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The rate grows all the time: at first it helps, then it destroys the model."""
-    monkeypatch.setattr(recovery, "SAVE_EVERY", 4)
+    monkeypatch.setattr(recovery, "RECENT", 4)
     folder = recover(prepared, packed, tmp_path / "best", steps=200, warmup=200, gain_rate=1.0, norm_rate=3.0)
     notes = Manifest.load(folder).notes
     assert len(notes["curve"]) < 200
@@ -194,7 +195,8 @@ def test_a_training_checkpoint_of_other_settings_is_not_used(
 def test_a_damaged_training_checkpoint_starts_over(tmp_path: Path) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"\xff" * 100)
     value = torch.nn.Parameter(torch.ones(2))
-    assert recovery._resume(tmp_path, {"norm:a": value}, torch.optim.Adam([value])) == []
+    values = {"norm:a": value}
+    assert recovery._resume(tmp_path, values, values, torch.optim.Adam([value])) == ([], math.inf)
     assert value.tolist() == [1, 1]
 
 

@@ -30,8 +30,9 @@ from windquant.layerwise import Streamed
 from windquant.progress import Progress
 from windquant.tuning import Tuning, divergence, drawn, kl_divergence, norms_of
 
-SAVE_EVERY = 20  # steps between two training checkpoints, and between two looks at the curve
-DIVERGED = 1.5  # times the lowest mean divergence of so many steps: the tuning is stopped
+SAVE_EVERY = 20  # steps between two training checkpoints
+RECENT = 20  # steps whose mean divergence tells how the tuning goes
+DIVERGED = 1.5  # times the lowest such mean: the tuning is stopped
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,9 @@ def distill(task: step.Task, model: Whole | Streamed, tuning: Tuning) -> list[fl
     optimizer = tuning.optimizer(model.gains.values(), model.norms.values())
     parameters = {f"gain:{name}": value for name, value in model.gains.items()}
     parameters |= {f"norm:{name}": value for name, value in model.norms.items()}
-    curve = _resume(task.cache, parameters, optimizer)
-    best = latest = _copies(parameters)
-    lowest = _recent(curve)
+    best = _copies(parameters)
+    curve, lowest = _resume(task.cache, parameters, best, optimizer)
+    latest = _copies(parameters)
     progress: Progress[None] = task.progress(total=tuning.steps, label="recovery")
     with progress:
         progress.update(len(curve))
@@ -165,11 +166,12 @@ def distill(task: step.Task, model: Whole | Streamed, tuning: Tuning) -> list[fl
             optimizer.step()
             task.metric("recovery_divergence", curve[-1], index)
             progress.update(1)
-            if (index + 1) % SAVE_EVERY == 0:
+            if (index + 1) % RECENT == 0:
                 if recent < lowest:  # which the state at the beginning of these steps has led to
                     best, lowest = latest, recent
                 latest = _copies(parameters)
-                _save(task.cache, curve, parameters, optimizer)
+            if (index + 1) % SAVE_EVERY == 0:
+                _save(task.cache, curve, lowest, parameters, best, optimizer)
     return curve
 
 
@@ -188,7 +190,7 @@ def stored(quantized: Path, model: Whole | Streamed) -> dict[str, Tensor]:
 
 def _recent(curve: list[float]) -> float:
     """Mean divergence of the latest steps; inf where there is none."""
-    latest = curve[-SAVE_EVERY:]
+    latest = curve[-RECENT:]
     return sum(latest) / len(latest) if latest else math.inf
 
 
@@ -209,28 +211,42 @@ def _stop(task: step.Task, change: str, parameters: Mapping[str, Tensor], best: 
     task.note("stopped", change)
 
 
-def _save(folder: Path, curve: list[float], parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> None:
+def _save(
+    folder: Path,
+    curve: list[float],
+    lowest: float,
+    parameters: Mapping[str, Tensor],
+    best: Mapping[str, Tensor],
+    optimizer: torch.optim.Adam,
+) -> None:
     tensors = {f"value:{name}": value.detach() for name, value in parameters.items()}
+    tensors |= {f"best:{name}": value for name, value in best.items()}
     for name, value in parameters.items():
         tensors |= {f"{key}:{name}": entry for key, entry in optimizer.state[value].items()}
     with atomic.output(folder / "state.safetensors") as path:
-        tensor_file.save(path, tensors, "curve", curve)
+        tensor_file.save(path, tensors, "progress", {"curve": curve, "lowest": lowest})
 
 
-def _resume(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam) -> list[float]:
-    """The curve of an interrupted run, a value per finished step; its parameters and optimizer state are restored."""
+def _resume(
+    folder: Path, parameters: Mapping[str, Tensor], best: Mapping[str, Tensor], optimizer: torch.optim.Adam
+) -> tuple[list[float], float]:
+    """The curve of an interrupted run, a value per finished step, and its lowest mean.
+
+    Its parameters, their best state and the optimizer's state are restored in place.
+    """
     path = folder / "state.safetensors"
     if not path.exists():
-        return []
+        return [], math.inf
     try:
-        tensors, curve = tensor_file.load(path, "curve")
+        tensors, progress = tensor_file.load(path, "progress")
     except tensor_file.UNREADABLE:  # damaged on the disk: start over
-        return []
+        return [], math.inf
     for name, value in parameters.items():
         value.data.copy_(tensors[f"value:{name}"])
+        best[name].copy_(tensors[f"best:{name}"])
         moments = {key: tensors[f"{key}:{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[value] = {"step": tensors[f"step:{name}"], **moments}  # Adam counts on the CPU
-    return curve
+    return progress["curve"], progress["lowest"]
 
 
 if __name__ == "__main__":
