@@ -98,12 +98,10 @@ def test_the_whole_workflow_makes_what_it_makes_here_and_a_killed_job_is_submitt
     output, _ = running.communicate(timeout=600)
     assert running.returncode == 0, output[-4000:]
     assert "Trying to restart job" in output
-    print(output)
     assert (folder / PLAN).read_bytes() == (finished_once / PLAN).read_bytes()
-    submitted = re.findall(r"^rule (\w+):", output, re.MULTILINE)
-    assert {rule: submitted.count(rule) for rule in ("bank_part", "bank", "zero_shot_original", "zero_shot")} == {
-        "bank_part": 2, "bank": 1, "zero_shot_original": 2, "zero_shot": 2
-    }  # fmt: skip
+    done = re.findall(r"^Finished jobid: \d+ \(Rule: (\w+)\)", output, re.MULTILINE)
+    counts = {rule: done.count(rule) for rule in ("bank_part", "bank", "zero_shot_original", "zero_shot")}
+    assert counts == {"bank_part": 2, "bank": 1, "zero_shot_original": 2, "zero_shot": 2}
     there, here = (json.loads((base / GREEDY).read_text()) for base in (folder, finished_once))
     for key in ("perplexity", "zero_shot", "actions", "effective_bits"):
         assert there[key] == here[key]
