@@ -186,7 +186,7 @@ def test_a_training_checkpoint_of_other_settings_is_not_used(
                 raise Killed
 
     monkeypatch.setattr(step.Task, "metric", metric)
-    for rate in (6e-3, 7e-3):
+    for rate in (4e-3, 5e-3):
         with pytest.raises(Killed):
             recover(prepared, packed, tmp_path / "never", steps=4, gain_rate=rate)
     assert seen == [0, 1, 2] * 2

@@ -41,7 +41,7 @@ class Settings:
     # Layer by layer takes the memory of one, and more time; what is recovered is the same
     scope: Literal["auto", "model", "layers"] = "auto"  # what is in memory; auto: the whole model where it fits
     steps: int | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays as it is
-    gain_rate: float = 6e-3  # learning rate of the log-gains
+    gain_rate: float = 4e-3  # learning rate of the log-gains
     norm_rate: float = 2e-3  # learning rate of the norms
     warmup: int = 5  # steps until the full rate; it falls as a cosine from there
 
