@@ -13,7 +13,7 @@ from benchmarks.peers.row import Row, evaluated
 
 STAGES = {"before_recovery": "before recovery", "quantized": "recovered"}
 #: Steps that make a checkpoint; the others measure it.
-STEPS = ("statistics", "bank", "allocation", "quantize", "recovery")
+STEPS = ("statistics", "bank", "search", "allocation", "quantize", "recovery")
 
 
 def main() -> None:
