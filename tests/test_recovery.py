@@ -52,7 +52,7 @@ def recover(prepared: Prepared, packed: Path, output: Path, **settings: Any) -> 
 
 # -- the step
 
-FAST = {"steps": 30, "gain_rate": 0.03, "norm_rate": 0.01}  # a tiny model takes large steps
+FAST = {"steps": 30, "gain_rate": 0.15, "norm_rate": 0.05}  # a tiny model takes large steps
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_tuning_that_diverges_late_keeps_its_best_state(
 ) -> None:
     """The rate grows all the time: at first it helps, then it destroys the model."""
     monkeypatch.setattr(recovery, "RECENT", 4)
-    folder = recover(prepared, packed, tmp_path / "best", steps=200, warmup=200, gain_rate=1.0, norm_rate=3.0)
+    folder = recover(prepared, packed, tmp_path / "best", steps=200, warmup=200, gain_rate=5.0, norm_rate=15.0)
     notes = Manifest.load(folder).notes
     assert len(notes["curve"]) < 200
     assert "at step" in notes["stopped"]

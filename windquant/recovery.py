@@ -41,8 +41,10 @@ class Settings:
     # Layer by layer takes the memory of one, and more time; what is recovered is the same
     scope: Literal["auto", "model", "layers"] = "auto"  # what is in memory; auto: the whole model where it fits
     steps: int | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays as it is
-    gain_rate: float = 4e-3  # learning rate of the log-gains
-    norm_rate: float = 2e-3  # learning rate of the norms
+    # Rates are multiplied by the divergence before recovery, of at most one nat: the less there is to recover, the less
+    # a step may destroy
+    gain_rate: float = 6e-3  # learning rate of the log-gains, per nat of divergence
+    norm_rate: float = 3e-3  # learning rate of the norms, per nat of divergence
     warmup: int = 5  # steps until the full rate; it falls as a cosine from there
 
 
@@ -50,7 +52,6 @@ def run(task: step.Task, settings: Settings) -> None:
     original, quantized = task.inputs["model"], task.inputs["checkpoint"]
     texts = calibration.load(task.inputs["calibration"])
     steps = presets.recovery_steps(settings.preset, settings.steps)
-    tuning = Tuning(steps, settings.gain_rate, settings.norm_rate, settings.warmup)
     windows, held_out = drawn(texts.recovery.long(), steps, task.seed), texts.reward.long()
     scope = settings.scope
     if scope == "auto":
@@ -64,6 +65,8 @@ def run(task: step.Task, settings: Settings) -> None:
             model = Whole(original, quantized, windows, held_out)
         else:
             model = Streamed(original, quantized, windows, held_out, task.output.parent)
+        nats = min(1.0, model.before)
+        tuning = Tuning(steps, settings.gain_rate * nats, settings.norm_rate * nats, settings.warmup)
         curve = distill(task, model, tuning)
         changes = stored(quantized, model)
         return changes, model.before, model.divergence(), curve
