@@ -53,9 +53,10 @@ env-dev: .venv/env-dev.stamp
 	python -m pip install -qq --requirement requirements-dev.lock
 	touch $@
 
-# One process per core, so one thread each; the tests of one file share their fixtures in one process.
+# One process per core, so one thread each; the tests of one file share their fixtures in one process. The files start in
+# the order of tests/conftest.py, the slow ones first.
 test: env-dev
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: env-dev
 	ruff check .

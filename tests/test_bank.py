@@ -24,6 +24,7 @@ from windquant.packed import tensor_bytes, unit_bytes
 from windquant.plan import Units
 from windquant.quantize import layouts_of, quantized_linears
 from windquant.quantizers import action, actions, menu
+from windquant.quantizers.trellis import DISTORTION
 from windquant.statistics import Statistics
 from windquant.units import Linear
 
@@ -146,7 +147,8 @@ def test_errors_are_weighted_by_fisher_and_conditional_energy() -> None:
     per_row = entries[0].error(chunk, conditional)
     assert found[0] == pytest.approx(0.5 * (fisher * per_row).sum().item())
     assert found[1] == pytest.approx(
-        0.5 * 0.0890 * (fisher @ chunk.square().sum(1)).item() * conditional.log().mean().exp().item(), rel=1e-4
+        0.5 * DISTORTION[2.0, WINDOW] * (fisher @ chunk.square().sum(1)).item() * conditional.log().mean().exp().item(),
+        rel=1e-4,
     )
     assert found[2] == 0
     assert unit_errors(chunk, conditional * 4, fisher, entries) == pytest.approx([4 * error for error in found])
