@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from windquant import bank, streaming
+from windquant import streaming
 from windquant.allocation import lagrangian
-from windquant.bank import Bank
+from windquant.bank import Bank, make
 from windquant.plan import Units
 from windquant.quantizers import menu
 from windquant.statistics import Statistics
@@ -30,7 +30,7 @@ def made(root: Path, model: str, size: int) -> Bank:
     statistics = Statistics.load(root / "data" / "statistics" / f"{model}.safetensors")
     source = streaming.open_source(root / "resources" / "models" / model)
     weights = ((linear, source.parameter(f"{linear.name}.weight")) for linear in statistics.linears)
-    return bank.make(model, weights, statistics, Units(chunk=size), menu("trellis"))
+    return make(model, weights, statistics, Units(chunk=size), menu("trellis"))
 
 
 def cheapest(bank: Bank, price: float) -> tuple[Values, Values]:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.checkpoint.making import ARCHITECTURES, make
 from tests.families import Prepared, in_float32, memory_for, prepare, run, save_calibration, token_ids, uniform
-from windquant import checkpoint, decoder, memory, quantize, recovery, step, streaming
+from windquant import checkpoint, decoder, memory, quantize, recovery, step, streaming, training
 from windquant.checkpoint.rewriting import rewrite
 from windquant.layerwise import Streamed
 from windquant.manifest import Manifest
@@ -110,7 +110,7 @@ class Killed(Exception):
 def test_a_killed_training_goes_on_where_it_was(
     three: tuple[Prepared, Path], recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "SAVE_EVERY", 3)
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
     places: list[int] = []
     learn = Streamed.learn
 
@@ -139,7 +139,7 @@ def test_a_gpu_that_is_too_small_for_the_model_goes_on_layer_by_layer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From the last training checkpoint on, which is one of either."""
-    monkeypatch.setattr(recovery, "SAVE_EVERY", 3)
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
     places: list[int] = []
 
     def full(learn: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from tests.checkpoint.making import Made, make
 from tests.families import Prepared, in_float32, prepare, run, uniform
-from windquant import calibration, checkpoint, compute, models, quantize, recovery, step
+from windquant import calibration, checkpoint, compute, models, quantize, recovery, step, training
 from windquant.checkpoint.linear import PackedLinear
 from windquant.gains import GainLinear, regain, stored_gain
 from windquant.manifest import Manifest
 from windquant.packed import dequantize
 from windquant.presets import recovery_steps
 from windquant.recovery import trainable
-from windquant.tuning import divergence, kl_divergence, schedule
+from windquant.tuning import Tuning, divergence, kl_divergence, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -123,14 +123,14 @@ def test_a_tuning_that_diverges_late_keeps_its_best_state(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The rate grows all the time: at first it helps, then it destroys the model."""
-    monkeypatch.setattr(recovery, "RECENT", 4)
+    monkeypatch.setattr(training, "RECENT", 4)
     folder = recover(prepared, packed, tmp_path / "best", steps=200, warmup=200, gain_rate=5.0, norm_rate=15.0)
     notes = Manifest.load(folder).notes
     assert len(notes["curve"]) < 200
-    assert "at step" in notes["stopped"]
+    assert notes["stopped"] == len(notes["curve"]) + 1
     assert notes["divergence"]["kept"] is True
     assert notes["divergence"]["after"] < notes["divergence"]["before"]
-    assert "recovery is stopped and its best state kept; lower recovery.gain_rate" in capsys.readouterr().err
+    assert "it is stopped and its best state kept; lower recovery.gain_rate" in capsys.readouterr().err
 
 
 class Killed(Exception):
@@ -140,7 +140,7 @@ class Killed(Exception):
 def test_a_killed_training_goes_on_where_it_was(
     prepared: Prepared, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "SAVE_EVERY", 3)
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
     seen: list[int | None] = []
     limit = 8
     record = step.Task.metric
@@ -176,7 +176,7 @@ def test_a_killed_training_goes_on_where_it_was(
 def test_a_training_checkpoint_of_other_settings_is_not_used(
     prepared: Prepared, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "SAVE_EVERY", 1)
+    monkeypatch.setattr(training, "SAVE_EVERY", 1)
     seen: list[int | None] = []
 
     def metric(self: step.Task, name: str, value: float, place: int | None = None) -> None:
@@ -195,9 +195,38 @@ def test_a_training_checkpoint_of_other_settings_is_not_used(
 def test_a_damaged_training_checkpoint_starts_over(tmp_path: Path) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"\xff" * 100)
     value = torch.nn.Parameter(torch.ones(2))
-    values = {"norm:a": value}
-    assert recovery._resume(tmp_path, values, values, torch.optim.Adam([value])) == ([], math.inf)
+    found = training.Training(Tuning(10, 0.1, 0.1, 1), {}, {"a": value}, tmp_path)
+    assert (found.curve, found.lowest) == ([], math.inf)
     assert value.tolist() == [1, 1]
+
+
+def test_an_interrupted_training_knows_its_best_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY", 4)
+    monkeypatch.setattr(training, "RECENT", 2)
+    losses = [3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.4, 1.4, 1.3, 1.3]
+
+    def trained(folder: Path, *until: int) -> training.Training:
+        folder.mkdir()
+        for steps in until:
+            value = torch.nn.Parameter(torch.ones(2))
+            found = training.Training(Tuning(10, 0.1, 0.1, 1), {}, {"a": value}, folder)
+            while len(found.curve) < steps:
+                found.begin()
+                value.grad = value.detach().clone()
+                found.step(losses[len(found.curve)])
+        return found
+
+    whole, parts = trained(tmp_path / "whole", 10), trained(tmp_path / "parts", 9, 10)
+    for one in (whole, parts):
+        assert one.curve == losses
+        assert one.lowest == 1.0
+        assert not one.diverges(1.5)
+        assert one.diverges(1.8)
+        assert one.diverges(math.nan)
+        last = one.parameters["norm:a"].clone()
+        one.restore_best()
+        assert (one.parameters["norm:a"] > last).all(), "the state before the fifth step"
+    assert torch.equal(whole.parameters["norm:a"], parts.parameters["norm:a"])
 
 
 # -- what is trained

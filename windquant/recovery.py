@@ -11,9 +11,7 @@ rounding costs is trained away, and the checkpoint takes exactly as many bytes a
 Where original and quantized model do not fit into memory together, the same steps go layer by layer (layerwise.py).
 """
 
-import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,18 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from windquant import atomic, calibration, compute, memory, models, presets, step, streaming, tensor_file
+from windquant import calibration, compute, memory, models, presets, step, streaming
 from windquant.checkpoint.linear import PackedLinear
 from windquant.checkpoint.rewriting import rewrite
 from windquant.errors import WindquantError
 from windquant.gains import GainLinear, regain, stored_gain
 from windquant.layerwise import Streamed
 from windquant.progress import Progress
+from windquant.training import Training
 from windquant.tuning import Tuning, divergence, drawn, kl_divergence, norms_of
-
-SAVE_EVERY = 20  # steps between two training checkpoints
-RECENT = 20  # steps whose mean divergence tells how the tuning goes
-DIVERGED = 1.5  # times the lowest such mean: the tuning is stopped
 
 
 @dataclass(frozen=True)
@@ -147,35 +142,28 @@ def distill(task: step.Task, model: Whole | Streamed, tuning: Tuning) -> list[fl
     A tuning that diverges is stopped and its best state restored. Returns the divergence of every step's window,
     before that step, in nats per token.
     """
-    optimizer = tuning.optimizer(model.gains.values(), model.norms.values())
-    parameters = {f"gain:{name}": value for name, value in model.gains.items()}
-    parameters |= {f"norm:{name}": value for name, value in model.norms.items()}
-    best = _copies(parameters)
-    curve, lowest = _resume(task.cache, parameters, best, optimizer)
-    latest = _copies(parameters)
+    training = Training(tuning, model.gains, model.norms, task.cache)
     progress: Progress[None] = task.progress(total=tuning.steps, label="recovery")
     with progress:
-        progress.update(len(curve))
-        for index in range(len(curve), tuning.steps):
-            tuning.set_rates(index, optimizer)
+        progress.update(len(training.curve))
+        for index in range(len(training.curve), tuning.steps):
+            training.begin()
             model.rounding = index >= tuning.steps // 2  # from here on with the gains as they will be stored
-            optimizer.zero_grad()
-            loss = model.learn(index % len(model.windows))
-            recent = _recent([*curve, loss.item()])
-            if not loss.isfinite() or recent > DIVERGED * lowest:
-                _stop(task, f"from {lowest:.3g} to {recent:.3g} nats at step {index + 1}", parameters, best)
+            loss = model.learn(index % len(model.windows)).item()
+            if training.diverges(loss):
+                training.restore_best()
+                task.note("stopped", index + 1)
+                print(
+                    f"recovery diverges at step {index + 1} ({loss:.3g} nats): it is stopped and its best state kept; "
+                    "lower recovery.gain_rate or recovery.norm_rate",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 break
-            curve.append(loss.item())
-            optimizer.step()
-            task.metric("recovery_divergence", curve[-1], index)
+            training.step(loss)
+            task.metric("recovery_divergence", loss, index)
             progress.update(1)
-            if (index + 1) % RECENT == 0:
-                if recent < lowest:  # which the state at the beginning of these steps has led to
-                    best, lowest = latest, recent
-                latest = _copies(parameters)
-            if (index + 1) % SAVE_EVERY == 0:
-                _save(task.cache, curve, lowest, parameters, best, optimizer)
-    return curve
+    return training.curve
 
 
 @torch.no_grad()
@@ -189,67 +177,6 @@ def stored(quantized: Path, model: Whole | Streamed) -> dict[str, Tensor]:
         model.gains[name].copy_(stored_gain(layout, before, after))
         changes[f"{name}.scales"] = after["scales"]
     return changes
-
-
-def _recent(curve: list[float]) -> float:
-    """Mean divergence of the latest steps; inf where there is none."""
-    latest = curve[-RECENT:]
-    return sum(latest) / len(latest) if latest else math.inf
-
-
-def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in parameters.items()}
-
-
-def _stop(task: step.Task, change: str, parameters: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
-    """Restore the best state, and say so."""
-    for name, value in parameters.items():
-        value.data.copy_(best[name])
-    print(
-        f"the divergence went {change}: recovery is stopped and its best state kept; lower recovery.gain_rate or "
-        "recovery.norm_rate",
-        file=sys.stderr,
-        flush=True,
-    )
-    task.note("stopped", change)
-
-
-def _save(
-    folder: Path,
-    curve: list[float],
-    lowest: float,
-    parameters: Mapping[str, Tensor],
-    best: Mapping[str, Tensor],
-    optimizer: torch.optim.Adam,
-) -> None:
-    tensors = {f"value:{name}": value.detach() for name, value in parameters.items()}
-    tensors |= {f"best:{name}": value for name, value in best.items()}
-    for name, value in parameters.items():
-        tensors |= {f"{key}:{name}": entry for key, entry in optimizer.state[value].items()}
-    with atomic.output(folder / "state.safetensors") as path:
-        tensor_file.save(path, tensors, "progress", {"curve": curve, "lowest": lowest})
-
-
-def _resume(
-    folder: Path, parameters: Mapping[str, Tensor], best: Mapping[str, Tensor], optimizer: torch.optim.Adam
-) -> tuple[list[float], float]:
-    """The curve of an interrupted run, a value per finished step, and its lowest mean.
-
-    Its parameters, their best state and the optimizer's state are restored in place.
-    """
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return [], math.inf
-    try:
-        tensors, progress = tensor_file.load(path, "progress")
-    except tensor_file.UNREADABLE:  # damaged on the disk: start over
-        return [], math.inf
-    for name, value in parameters.items():
-        value.data.copy_(tensors[f"value:{name}"])
-        best[name].copy_(tensors[f"best:{name}"])
-        moments = {key: tensors[f"{key}:{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[value] = {"step": tensors[f"step:{name}"], **moments}  # Adam counts on the CPU
-    return progress["curve"], progress["lowest"]
 
 
 if __name__ == "__main__":
