@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.peers import collect, environment, frame, ours, page, row
 from benchmarks.peers.recipes import RECIPES, Recipe
 from benchmarks.peers.with_rtn import round_to_nearest
+from tests import paper_tasks
 from tests.families import save_calibration, token_ids
 from windquant import calibration, models
 from windquant.evaluation.perplexity import perplexity
@@ -29,11 +30,14 @@ def articles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(tiny_model_folder: Path, articles: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, row.Row]:
     """One peer after the other, as the Snakefile asks for them."""
     folder = tmp_path_factory.mktemp("environments")
+    tasks = tmp_path_factory.mktemp("tasks")
+    assert paper_tasks.write(tasks, 2) == list(row.TASKS)
+    texts = row.Texts(articles, wikitext2=articles, tasks=tasks)
     (folder / "uninstallable.txt").write_text("no-such-peer-of-windquant==1.0\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIP_NO_INDEX", "1")  # pip says no at once, network or not
         return {
-            recipe.peer + recipe.recipe: row.measure(recipe, tiny_model_folder, articles, folder, locks=folder)
+            recipe.peer + recipe.recipe: row.measure(recipe, tiny_model_folder, texts, folder, locks=folder)
             for recipe in (UNINSTALLABLE, CRASHING, RTN)
         }
 
@@ -51,7 +55,7 @@ def test_a_peer_that_crashes_leaves_its_reason(rows: dict[str, row.Row]) -> None
 
 
 def test_a_peer_that_takes_too_long_is_stopped(tiny_model_folder: Path, articles: Path, tmp_path: Path) -> None:
-    found = row.measure(RTN, tiny_model_folder, articles, tmp_path, hours=0.01 / 3600)
+    found = row.measure(RTN, tiny_model_folder, row.Texts(articles), tmp_path, hours=0.01 / 3600)
     assert found["reason"].startswith("stopped after ")
 
 
@@ -63,6 +67,10 @@ def test_the_others_are_measured(rows: dict[str, row.Row], tiny_model_folder: Pa
     assert found["peak_memory_bytes"] > 1e8
     original = perplexity(models.load(tiny_model_folder), calibration.load(articles).test).perplexity
     assert found["perplexity"] != pytest.approx(original, rel=1e-4)
+    assert found["wikitext2"] == found["perplexity"]  # the same text here
+    assert found["accuracy"] * len(row.TASKS) == pytest.approx(
+        round(found["accuracy"] * len(row.TASKS))
+    )  # of each: 0, 1
 
 
 @pytest.mark.parametrize("minimum", [False, True])

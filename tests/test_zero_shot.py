@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from tests import paper_tasks
 from tests.families import FullGpu, memory_for
 from windquant import calibration, compute, memory, models, step, streaming
 from windquant.articles import Article
@@ -201,44 +202,8 @@ def test_no_tasks_is_an_empty_document(tiny_model_folder: Path, artifact: Path, 
     assert evaluate(tiny_model_folder, artifact, tmp_path / "x.json", "--tasks", "") == {}
 
 
-ROWS: dict[str, dict[str, Any]] = {
-    "arc_easy.test": {
-        "id": "1",
-        "question": "Which is a river?",
-        "choices": {"text": ["a bridge", "a stream", "a castle"], "label": ["A", "B", "C"]},
-        "answerKey": "B",
-    },
-    "arc_challenge.test": {
-        "id": "2",
-        "question": "Which is old?",
-        "choices": {"text": ["the engine", "the forest"], "label": ["1", "2"]},
-        "answerKey": "2",
-    },
-    "boolq.validation": {"passage": "The river is wide.", "question": "is the river wide", "idx": 0, "label": 1},
-    "piqa.validation": {"goal": "Cross a river", "sol1": "use a bridge", "sol2": "use a letter", "label": 0},
-    "hellaswag.validation": {
-        "ind": 0,
-        "activity_label": "Crossing",
-        "ctx_a": "A man sees a river. He",
-        "ctx_b": "",
-        "ctx": "A man sees a river. He",
-        "endings": ["swims.", "reads [title] a letter.", "paints.", "sleeps."],
-        "label": "0",
-        "split": "val",
-    },
-    "winogrande.validation": {
-        "sentence": "The bridge was near the river so _ was wet.",
-        "option1": "the bridge",
-        "option2": "the letter",
-        "answer": "1",
-    },
-}
-
-
 def test_the_papers_tasks_run_from_local_files(tiny_model_folder: Path, artifact: Path, tmp_path: Path) -> None:
-    for name, row in ROWS.items():
-        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
-    names = [name.partition(".")[0] for name in ROWS]
+    names = paper_tasks.write(tmp_path, 3)
     scores = evaluate(
         tiny_model_folder, artifact, tmp_path / "x.json", "--tasks", ",".join(names), "--data-dir", str(tmp_path)
     )

@@ -1,7 +1,7 @@
 """Our rows, from results of the workflow, in the form of the peers'.
 
 python -m benchmarks.peers.ours results/smollm2-135m_2.0bits.json --output benchmarks/peers/ours.json
-python -m benchmarks.peers.ours ... --wikitext2 DIR    # measures the results' checkpoints on WikiText-2 too
+python -m benchmarks.peers.ours ... --wikitext2 DIR --tasks DIR    # measures the results' checkpoints there too
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.row import Row, evaluated
+from benchmarks.peers.row import Row, Texts, evaluated
 
 STAGES = {"before_recovery": "before recovery", "quantized": "recovered"}
 #: Steps that make a checkpoint; the others measure it.
@@ -19,20 +19,24 @@ STEPS = ("statistics", "bank", "search", "allocation", "quantize", "recovery")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results/*.json")
-    parser.add_argument("--calibration", type=Path, help="artifact of the calibration step (with --wikitext2)")
     parser.add_argument("--wikitext2", type=Path, help="calibration artifact whose test text is WikiText-2")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the checkpoints (with --wikitext2)")
-    parser.add_argument("--model", type=Path, help="Hugging Face folder of the original (with --wikitext2)")
+    parser.add_argument("--tasks", type=Path, help="folder of <task>.<split>.jsonl of the paper's tasks")
+    # What these two need
+    parser.add_argument("--calibration", type=Path, help="artifact of the calibration step")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the checkpoints")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder of the original")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     results = [json.loads(path.read_text()) for path in given.results]
     rows = [row for result in results for row in of_result(result)]
     original = next(iter(results[0]["perplexity"].values()))["original"]
     rows.insert(0, {"peer": "original", "recipe": "", "bits": 16.0, "perplexity": original})
-    if given.wikitext2:
+    if given.wikitext2 or given.tasks:
+        texts = Texts(given.calibration, given.wikitext2, given.tasks)
         for row in rows:
             folder = given.model if row["peer"] == "original" else given.data / "checkpoints" / row["checkpoint"]
-            row["wikitext2"] = evaluated(folder, given.calibration, given.wikitext2)["wikitext2"]
+            found = evaluated(folder, texts)
+            row |= {key: found[key] for key in ("wikitext2", "accuracy") if key in found}
     given.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -39,20 +39,20 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown: the rows with figures by their bits, then those without and the reason."""
     measured = sorted((row for row in rows if row.get("perplexity")), key=lambda row: (row["bits"], row["perplexity"]))
     lines = [
-        "| method | recipe | effective bits | articles | WikiText-2 | seconds | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| method | recipe | effective bits | articles | WikiText-2 | accuracy | seconds | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in measured:
         name = f"**{row['peer']}**" if row["peer"] == "windquant" else row["peer"]
         recipe = ", ".join(filter(None, [row["recipe"], row.get("note")]))
         lines.append(
             f"| {name} | {recipe} | {row['bits']:.3f} | {perplexity(row['perplexity'])} "
-            f"| {perplexity(row.get('wikitext2'))} | {seconds(row)} | {memory(row)} |"
+            f"| {perplexity(row.get('wikitext2'))} | {accuracy(row)} | {seconds(row)} | {memory(row)} |"
         )
     for row in rows:
         if not row.get("perplexity"):
             recipe = ", ".join(filter(None, [row["recipe"], row.get("note")]))
-            lines.append(f"| {row['peer']} | {recipe} | {row['reason']} | | | | |")
+            lines.append(f"| {row['peer']} | {recipe} | {row['reason']} | | | | | |")
     return "\n".join(lines)
 
 
@@ -60,6 +60,10 @@ def perplexity(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def accuracy(row: Row) -> str:
+    return f"{row['accuracy']:.1%}" if row.get("accuracy") is not None else ""
 
 
 def seconds(row: Row) -> str:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,23 @@ from benchmarks.peers import environment
 from benchmarks.peers.environment import PeerError
 from benchmarks.peers.recipes import RECIPES, Recipe
 from windquant import calibration, models
+from windquant.evaluation import zero_shot
 from windquant.evaluation.perplexity import Score, perplexity, spread
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 WINDOWS = 16  # of the held-out articles, as in the main job, and of WikiText-2
+TASKS = ("arc_easy", "arc_challenge", "boolq", "piqa", "hellaswag", "winogrande")  # the paper's
+SAMPLES = 100  # of each task
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a checkpoint is measured on."""
+
+    articles: Path  # calibration artifact
+    wikitext2: Path | None = None  # calibration artifact whose test text is WikiText-2
+    tasks: Path | None = None  # folder of <task>.<split>.jsonl
 
 
 def main() -> None:
@@ -31,6 +44,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, in one safetensors file")
     parser.add_argument("--calibration", type=Path, required=True, help="artifact of the calibration step")
     parser.add_argument("--wikitext2", type=Path, help="calibration artifact whose test text is WikiText-2")
+    parser.add_argument("--tasks", type=Path, help="folder of <task>.<split>.jsonl of the paper's tasks")
     parser.add_argument("--environments", type=Path, default=Path(".cache/peers"), help="where these are made")
     parser.add_argument("--hours", type=float, default=2, help="after which a peer is stopped")
     parser.add_argument("--patient", action="store_true", help="run what takes hours too")
@@ -40,7 +54,8 @@ def main() -> None:
     if recipe.hours and not given.patient:
         row = described(recipe) | {"reason": f"not run: takes {recipe.hours}"}
     else:
-        row = measure(recipe, given.model, given.calibration, given.environments, given.wikitext2, given.hours)
+        texts = Texts(given.calibration, given.wikitext2, given.tasks)
+        row = measure(recipe, given.model, texts, given.environments, given.hours)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(json.dumps(row, indent=1) + "\n")
     print(json.dumps(row), file=sys.stderr)
@@ -49,9 +64,8 @@ def main() -> None:
 def measure(
     recipe: Recipe,
     model: Path,
-    articles: Path,
+    texts: Texts,
     environments: Path,
-    wikitext2: Path | None = None,
     hours: float = 2,
     locks: Path = environment.LOCKS,
 ) -> Row:
@@ -60,19 +74,20 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
         try:
-            run(recipe, model, articles / "tokens.safetensors", folder, environments, hours, locks)
+            run(recipe, model, texts.articles / "tokens.safetensors", folder, environments, hours, locks)
         except PeerError as error:
             return row | {"reason": str(error)}
         made = json.loads((folder / "peer.json").read_text())
         row |= {key: made[key] for key in ("seconds", "peak_memory_bytes")}
         row["bits"] = 8 * made["bytes"] / made["weights"]
-        return row | evaluated(folder, articles, wikitext2)
+        return row | evaluated(folder, texts)
 
 
 def described(recipe: Recipe) -> Row:
     """The row of a recipe without figures."""
-    figures = ("bits", "perplexity", "standard_error", "wikitext2", "seconds", "peak_memory_bytes", "reason")
-    return {"peer": recipe.peer, "recipe": recipe.recipe, **dict.fromkeys(figures), "note": recipe.note or None}
+    figures = ("bits", "perplexity", "standard_error", "wikitext2", "accuracy", "seconds", "peak_memory_bytes")
+    none = dict.fromkeys((*figures, "reason"))
+    return {"peer": recipe.peer, "recipe": recipe.recipe, **none, "note": recipe.note or None}
 
 
 def run(recipe: Recipe, model: Path, tokens: Path, output: Path, environments: Path, hours: float, locks: Path) -> None:
@@ -97,17 +112,23 @@ def run(recipe: Recipe, model: Path, tokens: Path, output: Path, environments: P
         raise PeerError(f"exit code {done.returncode}: {lines[-1] if lines else 'no message'}")
 
 
-def evaluated(checkpoint: Path, articles: Path, wikitext2: Path | None = None) -> Row:
-    """Perplexity of a checkpoint that transformers loads, on held-out articles and, where given, on WikiText-2."""
+def evaluated(checkpoint: Path, texts: Texts) -> Row:
+    """Perplexities of a checkpoint that transformers loads, and its mean accuracy; only those for which texts exist."""
     model = models.load_for(checkpoint)
 
-    def score(text: Path, windows: int) -> Score:
-        return perplexity(model, spread(calibration.load(text).test, windows))
+    def score(text: Path) -> Score:
+        return perplexity(model, spread(calibration.load(text).test, WINDOWS))
 
-    found = score(articles, WINDOWS)
+    found = score(texts.articles)
     row: Row = {"perplexity": found.perplexity, "standard_error": found.standard_error}
-    if wikitext2 is not None:
-        row["wikitext2"] = score(wikitext2, WINDOWS).perplexity
+    if texts.wikitext2 is not None:
+        row["wikitext2"] = score(texts.wikitext2).perplexity
+    if texts.tasks is not None:
+        files = {name: zero_shot.data_files(name, texts.articles, str(texts.tasks)) for name in TASKS}
+        with tempfile.TemporaryDirectory() as scratch:
+            tasks = zero_shot.load_tasks(files, Path(scratch))
+            results = zero_shot.evaluate(model, models.load_tokenizer(checkpoint), tasks, SAMPLES)
+        row["accuracy"] = sum(zero_shot.score(results, name, "acc")["accuracy"] for name in TASKS) / len(TASKS)
     return row
 
 
