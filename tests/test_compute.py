@@ -85,3 +85,32 @@ def test_a_batch_of_one_that_does_not_fit_is_refused() -> None:
     limited(model, 0)
     with pytest.raises(WindquantError, match=r"with a batch of 1 \(CUDA out of memory\); use a GPU with more"):
         compute.with_smaller_batches(4, lambda batch: token_losses(model, ids, batch))
+
+
+def _error_of_products(rounded: bool) -> float:
+    """Relative error of a product of large matrices."""
+    one, other = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(1)).unbind()
+    with compute.products_by_onednn(rounded):
+        product = one @ other
+    exact = one.double() @ other.double()
+    return float((product - exact).norm() / exact.norm())
+
+
+def test_products_stay_float32_unless_rounding_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _error_of_products(rounded=False) < 1e-6
+    assert _error_of_products(rounded=True) < 1e-2
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True, "amx_bf16": True})
+    assert not compute.onednn_keeps_float32.__wrapped__()
+
+
+def test_the_way_of_products_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def precision() -> str:
+        return str(torch._C._get_fp32_precision_getter("mkldnn", "matmul"))
+
+    before = precision()
+    monkeypatch.setattr(compute, "onednn_keeps_float32", lambda: False)
+    with compute.products_by_onednn():
+        assert precision() == before
+    with compute.products_by_onednn(rounded=True):
+        assert precision() == "bf16"
+    assert precision() == before

@@ -113,7 +113,7 @@ class Covariance:
         if key not in self.sums:
             self.sums[key] = x.new_zeros(x.shape[1], x.shape[1])
             self.tokens[key] = 0
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), compute.products_by_onednn(rounded=True):
             for block in self.blocks(x.shape[1]):
                 self.sums[key][block, block.start :].addmm_(x[:, block].T, x[:, block.start :])
         self.tokens[key] += len(x)

@@ -10,7 +10,6 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -111,7 +110,7 @@ def token_losses(
 
     Layer by layer, all windows through one before the next is read.
     """
-    flow = Flow(model, ids.long(), batch, scratch or Path(tempfile.gettempdir()), nullcontext)
+    flow = Flow(model, ids.long(), batch, scratch or Path(tempfile.gettempdir()), compute.products_by_onednn)
     for index, layer in streaming.walk(model):
         flow.through(layer, index)
         if update is not None:
@@ -119,7 +118,8 @@ def token_losses(
     rows = []
     for part, hidden in zip(ids.split(batch), flow.batches(len(ids)), strict=True):
         tokens = part.to(device=hidden.device, dtype=torch.long)
-        logits = decoder.head(model, tokens, hidden)[:, :-1]
+        with compute.products_by_onednn():
+            logits = decoder.head(model, tokens, hidden)[:, :-1]
         targets = tokens[:, 1:]
         losses = [
             F.cross_entropy(some.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
