@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def learned(
     return changes, outcomes
 
 
-def learnable(entry: Treatment) -> bool:
+def learnable(entry: Treatment) -> TypeGuard[Scalar]:
     """Whether an action's codes can be moved one by one, by steps that matter."""
     return isinstance(entry, Scalar) and entry.levels <= LEVELS
 
@@ -168,10 +169,10 @@ class Codes:
         scale = torch.zeros(weight.shape)
         top = torch.zeros(weight.shape[1], dtype=torch.uint8)
         scales = decode_scales(layout, tensors)
-        for run, columns in self.runs():
-            self.codes[:, columns] = unpack_rows(self.part(run, tensors["codes"]), len(weight), run.entry.pattern)
+        for run, entry, columns in self.runs():
+            self.codes[:, columns] = unpack_rows(self.part(run, tensors["codes"]), len(weight), entry.pattern)
             scale[:, columns] = scales[run.scale :][: len(run.chunks)].repeat_interleave(run.width, 0).T
-            top[columns] = run.entry.levels - 1
+            top[columns] = entry.levels - 1
         self.scale = scale.to(weight.device)  # what a level is worth; 0 where no code may move
         self.lowest = (self.codes > 0).to(weight.device, torch.int8).neg()
         self.highest = (self.codes < top).to(weight.device, torch.int8)
@@ -181,11 +182,11 @@ class Codes:
         self.best = torch.zeros_like(self.lowest)  # round(v) at its best
         weight.requires_grad_(True)
 
-    def runs(self) -> Iterator[tuple[Run, Tensor]]:
-        """The runs whose codes may move, and the columns of the weight that follow one another in each."""
+    def runs(self) -> Iterator[tuple[Run, Scalar, Tensor]]:
+        """The runs whose codes may move, their actions, and the columns of the weight in the order of storage."""
         for run in self.layout.runs:
             if learnable(run.entry):
-                yield run, torch.cat([self.order[column : column + run.width] for column in run.columns])
+                yield run, run.entry, torch.cat([self.order[column : column + run.width] for column in run.columns])
 
     @staticmethod
     def part(run: Run, codes: Tensor) -> Tensor:
@@ -206,8 +207,8 @@ class Codes:
         """The best codes, packed: uint8 [bytes], on the CPU."""
         result = self.tensors["codes"].clone()
         codes = (self.codes + self.best.cpu()).to(torch.uint8)
-        for run, columns in self.runs():
-            self.part(run, result).copy_(pack(codes[:, columns].T.contiguous(), run.entry.pattern))
+        for run, entry, columns in self.runs():
+            self.part(run, result).copy_(pack(codes[:, columns].T.contiguous(), entry.pattern))
         return result
 
     @torch.no_grad()
