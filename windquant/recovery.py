@@ -9,7 +9,7 @@ as they will be stored, rounded to the grid of the scales' codes, and their grad
 rounding costs is trained away, and the checkpoint takes exactly as many bytes as before.
 
 Where original and quantized model do not fit into memory together, the same steps go layer by layer (layerwise.py).
-Before all that `--rounding 100` moves codes of scalar chunks, for those who have the time (rounding.py).
+Before all that `--rounding 100` moves codes of scalar chunks (rounding.py).
 """
 
 import sys
