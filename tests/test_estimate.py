@@ -87,6 +87,16 @@ def test_what_is_held_as_a_whole_fits(room: int, layers: int, width: int) -> Non
             assert need.memory < room * 2**30, step
 
 
+def test_learned_rounding_takes_time_and_the_memory_of_a_layer() -> None:
+    asked = {**EMBEDDED, "recovery": {**EMBEDDED["recovery"], "rounding": 100}}
+    small, large = shapes.EMBEDDED["smollm2-135m"], Shape.of(LLAMA_70B, "config.json")
+    for shape, room in ((small, 16), (large, 64)):
+        without, found = (cost.needs(shape, settings, 2.0, on(room))["recovery"] for settings in (EMBEDDED, asked))
+        assert found.seconds > 1.5 * without.seconds
+        assert without.memory <= found.memory < room * 2**30
+        assert found.disk == without.disk
+
+
 def test_a_70b_model_takes_the_memory_of_its_layers() -> None:
     shape = Shape.of(LLAMA_70B, "config.json")
     found = cost.needs(shape, EMBEDDED, 2.0, on(64))

@@ -242,7 +242,22 @@ class Costs:
             held = layers + gains + min(flows, self.machine.room / 4)
             reading = self.reading + (2 * steps + 2) * self.decoding
         measured = 4 * self.held_out * (self.token + self.head)
-        return self.need((tuned + measured) / m.fast + reading, held + logits, self.checkpoint, not whole)
+        rounded, beside = self.rounding()
+        seconds = (tuned + rounded + measured) / m.fast + reading
+        return self.need(seconds, max(held + logits, beside), self.checkpoint, not whole)
+
+    def rounding(self) -> tuple[float, float]:
+        """Operations and bytes of learned rounding: hidden states of both models, a layer of each and of its steps."""
+        s, text, steps = self.shape, self.settings["calibration"], self.settings["recovery"]["rounding"]
+        if not steps:
+            return 0.0, 0.0
+        batch = presets.ROUNDING_BATCH * text["recovery_length"]  # tokens of a step
+        judges = presets.ROUNDING_JUDGES * batch
+        tokens = min(steps, presets.ROUNDING_BATCHES) * batch + judges
+        passes = 3 * steps * batch + presets.ROUNDING_CHECKS * judges + 2 * tokens
+        states = min(2 * FLOAT * s.hidden * tokens, self.machine.room / 2)
+        layers = 2 * self.resident + 20 * s.layer + 10 * self.inside(batch)
+        return passes * self.token, layers + states
 
     def perplexity(self, packed: bool) -> Need:
         s = self.shape

@@ -2,6 +2,9 @@
 
 #: Distillation steps. On two CPU cores a step of the embedded model takes about two seconds.
 RECOVERY_STEPS = {"light": 80, "standard": 400, "full": 2000}
+#: Of learned rounding: windows of a batch, batches that the steps take in turn, batches that judge a layer (at most a
+#: quarter of all), and how often they do.
+ROUNDING_BATCH, ROUNDING_BATCHES, ROUNDING_JUDGES, ROUNDING_CHECKS = 4, 32, 4, 5
 
 
 def recovery_steps(preset: str, steps: int | None) -> int:

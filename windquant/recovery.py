@@ -9,6 +9,7 @@ as they will be stored, rounded to the grid of the scales' codes, and their grad
 rounding costs is trained away, and the checkpoint takes exactly as many bytes as before.
 
 Where original and quantized model do not fit into memory together, the same steps go layer by layer (layerwise.py).
+Before all that `--rounding 100` moves codes of scalar chunks (rounding.py).
 """
 
 import sys
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from windquant import calibration, compute, memory, models, presets, step, streaming
+from windquant import calibration, compute, memory, models, presets, rounding, step, streaming
 from windquant.checkpoint.linear import PackedLinear
 from windquant.checkpoint.rewriting import rewrite
 from windquant.errors import WindquantError
@@ -41,6 +42,8 @@ class Settings:
     gain_rate: float = 6e-3  # learning rate of the log-gains, per nat of divergence
     norm_rate: float = 3e-3  # learning rate of the norms, per nat of divergence
     warmup: int = 5  # steps until the full rate; it falls as a cosine from there
+    # Before the distillation, by signed gradients; the codes of a trellis stay
+    rounding: int = 0  # steps for every decoder layer that move codes of scalar chunks of up to 4 bits; 0: none moves
 
 
 def run(task: step.Task, settings: Settings) -> None:
@@ -48,6 +51,10 @@ def run(task: step.Task, settings: Settings) -> None:
     texts = calibration.load(task.inputs["calibration"])
     steps = presets.recovery_steps(settings.preset, settings.steps)
     windows, held_out = drawn(texts.recovery.long(), steps, task.seed), texts.reward.long()
+    if settings.rounding < 0:
+        raise WindquantError(f"recovery.rounding: {settings.rounding} steps are none; give a positive number, or 0")
+    if settings.rounding:
+        quantized = rounding.rounded(task, original, quantized, texts.recovery.long(), held_out, settings.rounding)
     scope = settings.scope
     if scope == "auto":
         size = memory.RECOVERY * streaming.open_source(original).parameters

@@ -27,7 +27,7 @@ SECTIONS = {
     "units": "The column chunks, and how they may be quantized.",
     "search": "The allocation: what the PPO search spends, and on what. One search serves all budgets of its range.",
     "quantize": "Quantization with error feedback.",
-    "recovery": "Distillation of scales, offsets and norms after quantization.",
+    "recovery": "Distillation of scales and norms after quantization, and learned rounding.",
     "evaluation": "Perplexity and zero-shot tasks, the same for the original and the quantized model.",
 }
 MODELS = "The models that can be asked for: the name in results/<model>_<bits>bits.json, and where it comes from."
@@ -78,6 +78,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "units.jobs": {"minimum": 1},
     "units.protected": {"minimum": 0, "maximum": 1},
     "recovery.steps": {"minimum": 0},
+    "recovery.rounding": {"minimum": 0},
     "evaluation.windows": {"minimum": 0},
     "evaluation.batch": {"minimum": 1},
 }
@@ -179,7 +180,8 @@ def _default(value: Mapping[str, Any]) -> str:
     if "default" not in value:
         return ""
     default = value["default"]
-    shown = f"[{', '.join(map(settings.show, default))}]" if isinstance(default, list) else settings.show(default or "")
+    plain = settings.show("" if default is None else default)
+    shown = f"[{', '.join(map(settings.show, default))}]" if isinstance(default, list) else plain
     return f"`{shown}`" if shown else "empty"
 
 
