@@ -50,6 +50,7 @@ RECIPES = {
     "gptq-2-32": _gptq("2 bits, groups of 32", bits=2, group_size=32),
     "gptq-2-64-gptaq": _gptq("2 bits, groups of 64, GPTAQ", bits=2, group_size=64, gptaq=0.25),
     "gptq-3-64": _gptq("3 bits, groups of 64", bits=3, group_size=64),
+    "gptq-3-64-asymmetric": _gptq("3 bits, groups of 64, asymmetric", bits=3, group_size=64, sym=False),
     "autoround-2-50": _autoround(2, 50),
     "autoround-2-200": _autoround(2, 200, note="its defaults"),
     "autoround-2-1000": _autoround(
