@@ -40,7 +40,7 @@ def cpu(cores: int) -> Machine:
     share = cores / 2
     return Machine(
         name=f"{cores} cores",
-        products=165e9 * share,
+        products=280e9 * share,
         fast=600e9 * share,
         solves=60e9 * share,
         search=4.5e6 * share,
