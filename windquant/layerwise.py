@@ -51,18 +51,15 @@ class Streamed:
         """A lent layer with its gains and norms, which are what is yielded; its linears come back at the end."""
         prefix = f"{self.prefix}.{index}."
         dtype = torch.bfloat16 if compute.native_bfloat16() else torch.float32
-        linears = {name: child for name, child in layer.named_modules() if prefix + name in self.source.layouts}
-        stored = self.source.read(f"{prefix}{name}.weight" for name in linears)
+        layouts = self.source.layouts
+        linears = {prefix + name: child for name, child in layer.named_modules() if prefix + name in layouts}
         parameters = []
-        for name, child in linears.items():
-            full = prefix + name
-            layout = self.source.layouts[full]
-            tensors = {part: stored[f"{full}.{part}"] for part in layout.shapes()}
-            order = self.source.order(full, stored)
+        for full, layout, tensors, order in self.source.packed(linears):
+            child = linears[full]
             linear = GainLinear(layout, tensors, order, child.weight, child.bias, dtype)
             linear.gain = self.gains.setdefault(full, linear.gain)
             linear.rounding = self.rounding
-            layer.set_submodule(name, linear)
+            layer.set_submodule(full.removeprefix(prefix), linear)
             parameters.append(linear.gain)
         for full, value in norms_of(layer, prefix).items():
             norm = self.norms.setdefault(full, value)
@@ -73,8 +70,8 @@ class Streamed:
         try:
             yield parameters
         finally:
-            for name, child in linears.items():
-                layer.set_submodule(name, child)
+            for full, child in linears.items():
+                layer.set_submodule(full.removeprefix(prefix), child)
 
     def divergence(self) -> float:
         """Mean divergence from the original on the held-out windows."""

@@ -143,14 +143,11 @@ def learnable(entry: Treatment) -> TypeGuard[Scalar]:
 def codes_of(layer: nn.Module, original: nn.Module, prefix: str, source: streaming.Source) -> dict[str, "Codes"]:
     """The linears of a lent layer that have codes to learn, by their full names; original: the layer as it was."""
     linears = {prefix + name: child for name, child in layer.named_modules() if prefix + name in source.layouts}
-    stored = source.read(f"{name}.weight" for name in linears)
     found = {}
-    for name, child in linears.items():
-        layout = source.layouts[name]
+    for name, layout, tensors, order in source.packed(linears):
         if any(map(learnable, layout.actions)):
-            tensors = {part: stored[f"{name}.{part}"] for part in layout.shapes()}
             wanted = original.get_parameter(f"{name.removeprefix(prefix)}.weight")
-            found[name] = Codes(layout, tensors, source.order(name, stored), child.weight, wanted)
+            found[name] = Codes(layout, tensors, order, linears[name].weight, wanted)
     return found
 
 

@@ -14,7 +14,7 @@ model (lm-eval): a layer's weights come when it is called.
 
 import ctypes
 import math
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,9 +107,20 @@ class Source:
             return value.to(self.dtype) if value.is_floating_point() else value
         layout = self.layouts[linear]
         parts = {part: stored[f"{linear}.{part}"].to(device, non_blocking=True) for part in layout.shapes()}
-        return kernels.decode(layout, parts, self.order(linear, stored).to(device), self.dtype)
+        return kernels.decode(layout, parts, self._order(linear, stored).to(device), self.dtype)
 
-    def order(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
+    def packed(self, linears: Collection[str]) -> Iterator[tuple[str, Layout, dict[str, Tensor], Tensor]]:
+        """Names, layouts, stored tensors and column orders of packed linears, on the CPU.
+
+        The owner of a group stands among `linears` with the others.
+        """
+        stored = self.read(f"{linear}.weight" for linear in linears)
+        for linear in linears:
+            layout = self.layouts[linear]
+            tensors = {part: stored[f"{linear}.{part}"] for part in layout.shapes()}
+            yield linear, layout, tensors, self._order(linear, stored)
+
+    def _order(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
         """Column order of a packed linear, int64 [columns]; `stored` has the one of its group's owner."""
         owner = self.layouts[linear].linear.group
         return packed_files.unpacked_order(self.layouts[owner], stored[f"{owner}.order"])

@@ -85,9 +85,8 @@ def measure(
 
 def described(recipe: Recipe) -> Row:
     """The row of a recipe without figures."""
-    figures = ("bits", "perplexity", "standard_error", "wikitext2", "accuracy", "seconds", "peak_memory_bytes")
-    none = dict.fromkeys((*figures, "reason"))
-    return {"peer": recipe.peer, "recipe": recipe.recipe, **none, "note": recipe.note or None}
+    none = ("bits", "perplexity", "standard_error", "wikitext2", "accuracy", "seconds", "peak_memory_bytes", "reason")
+    return {"peer": recipe.peer, "recipe": recipe.recipe, **dict.fromkeys(none), "note": recipe.note or None}
 
 
 def run(recipe: Recipe, model: Path, tokens: Path, output: Path, environments: Path, hours: float, locks: Path) -> None:
