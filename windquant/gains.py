@@ -39,11 +39,18 @@ class _Slotted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
-        return F.pad(x, (0, 1)).index_select(-1, slots)
+        if len(slots) > x.shape[-1]:  # places that no column takes read a zero
+            x = F.pad(x, (0, 1))
+        return _columns(x, slots)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0].index_select(-1, ctx.saved_tensors[0]), None, None
+        return _columns(gradients[0], ctx.saved_tensors[0]), None, None
+
+
+def _columns(x: Tensor, columns: Tensor) -> Tensor:
+    """x[..., columns]; for BF16 on a CPU, index_select takes almost three times as long as gather."""
+    return x.gather(-1, columns.expand(*x.shape[:-1], -1))
 
 
 class GainLinear(nn.Module):

@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from windquant import compute, sources, step
+from windquant import attention, compute, sources, step
 from windquant.decoder import decoder_layers
 from windquant.errors import WindquantError
+
+attention.register()
 
 LARGE = 1_000_000_000  # parameters (by the estimate 12 h^2 a layer) above which a GPU computes in the stored type
 
