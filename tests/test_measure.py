@@ -20,6 +20,7 @@ from windquant.feedback import column_order
 from windquant.measure import LossMeter
 from windquant.quantize import layouts_of, quantized_linears
 from windquant.statistics import Statistics
+from windquant.tuning import kl_divergence
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_a_streamed_model_measures_the_same_to_the_last_bit(prepared: Prepared, 
     """Its noise is drawn anew for every plan, and one layer has weights at a time."""
     streamed = make(prepared, whole=False)
     assert hasattr(streamed.model, streaming.SOURCE)
-    assert (streamed.original, streamed.other_original) == (meter.original, meter.other_original)
+    assert streamed.original == meter.original
     assert np.array_equal(streamed.relative, meter.relative)
     for name in ("scalar-1", "scalar-3"):
         assert streamed.loss_gap(choice(meter, name)) == meter.loss_gap(choice(meter, name))
@@ -139,13 +140,13 @@ def test_a_full_gpu_measures_fewer_windows_at_a_time(
 ) -> None:
     plan = uniform(prepared, "scalar-3")  # under fewer bits other sums turn single codes
     with in_float32():
-        expected = (meter.loss_gap(choice(meter, "scalar-1")), *meter.confirm([plan], int))
+        expected = (meter.loss_gap(choice(meter, "scalar-1")), *meter.divergences([plan], int))
 
     gpu = FullGpu(monkeypatch, 2)
     other = make(prepared, whole=whole)
     gpu.most = 1  # another process takes some while the search runs
     with in_float32():
-        found = (other.loss_gap(choice(meter, "scalar-1")), *other.confirm([plan], int))
+        found = (other.loss_gap(choice(meter, "scalar-1")), *other.divergences([plan], int))
     assert found == pytest.approx(expected, rel=1e-4)
     assert other.loss_gap(choice(meter, "skip")) == 0, "what was lent when it broke has come back"
     said = re.findall("again with a batch of ([0-9]+)", capsys.readouterr().err)
@@ -164,7 +165,7 @@ def test_where_model_and_noise_do_not_fit_they_are_streamed(
         assert hasattr(make(prepared).model, streaming.SOURCE) != whole
 
 
-def test_plans_are_confirmed_as_really_quantized_models(prepared: Prepared, meter: LossMeter) -> None:
+def test_plans_are_compared_as_really_quantized_models(prepared: Prepared, meter: LossMeter) -> None:
     statistics = Statistics.load(prepared.statistics)
     texts = calibration.load(prepared.calibration)
     plans = [uniform(prepared, "scalar-1.5"), uniform(prepared, "scalar-3")]
@@ -172,16 +173,16 @@ def test_plans_are_confirmed_as_really_quantized_models(prepared: Prepared, mete
     seen: list[int] = []
     measured = meter.loss_gap(choice(meter, "scalar-2"))
     with in_float32(), torch.no_grad():
-        gaps = meter.confirm(plans, seen.append)
-        for plan, gap in zip(plans, gaps, strict=True):
+        found = meter.divergences(plans, seen.append)
+        exact = models.load(prepared.model)(ids).logits
+        for plan, nats in zip(plans, found, strict=True):
             model = models.load(prepared.model)
             layouts = layouts_of(plan, statistics.linears)
             dict(quantized_linears(model, layouts, "saliency", statistics, texts.calibration.long(), 16))
-            loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-            assert gap == pytest.approx(loss - meter.other_original, rel=1e-4)
+            assert nats == pytest.approx(kl_divergence(model(ids).logits, exact).item(), rel=1e-4)
     assert seen == [1] * 2 * len(meter.bank.linears)
     assert meter.loss_gap(choice(meter, "scalar-2")) == measured, "measuring goes on as before"
-    assert gaps[1] < gaps[0]
+    assert found[1] < found[0]
 
 
 def test_tokens_bound_the_text(prepared: Prepared, meter: LossMeter) -> None:

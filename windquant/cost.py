@@ -187,7 +187,7 @@ class Costs:
         drawing = 0 if self.searches or self.on_gpu else s.weights / 85e6  # noise of a measured plan
         rest, held = self.measuring
         return self.need(
-            2 * (plans * search["reward_tokens"] + self.held_out) * (self.token + self.head) / m.fast
+            2 * plans * search["reward_tokens"] * (self.token + self.head) / m.fast
             + 2 * plans * 4 * s.weights / 2e9
             + search["episodes"] * self.units * 4e-5
             + (0 if self.searches else plans * (self.reading + drawing)),
@@ -203,7 +203,7 @@ class Costs:
         tokens = 16 * self.settings["calibration"]["length"]
         really = self.resident + self.matrices + FLOAT * tokens * (4 * s.intermediate + 7 * s.hidden)
         return self.need(
-            2 * self.held_out * (self.token + self.head) / m.fast
+            4 * self.held_out * (self.token + self.head) / m.fast
             + 2 * (self.searched + 2 * CONFIRM_TOKENS * (self.token + self.covariance) / m.fast)
             + 2 * self.factors / m.solves,
             rest + max(held, (held / 2 if self.searches else 0) + really),  # the noise is let go

@@ -8,7 +8,7 @@ test channel of rate-distortion theory instead: with relative error q a chunk c 
 where q is the bank's error of the action relative to losing the chunk. Every plan meets the same noise, once as drawn
 and once with the opposite sign: what the loss changes along the noise cancels, and its curvature, which is what a plan
 is about, remains. A search that takes the best of many plans is misled by what the stand-in has wrong, so its winner is
-confirmed on other text, and as a really quantized model.
+compared with the Lagrangian plan on other text, both as really quantized models.
 
 A plan is one walk through the decoder layers, with both signs of the noise in it. Where model and noise do not fit into
 memory, every walk reads the layers from the files and draws their noise again: the same numbers, in a layer's memory.
@@ -34,6 +34,7 @@ from windquant.flow import Flow, Precision
 from windquant.plan import Plan
 from windquant.quantize import layouts_of, quantized_linears
 from windquant.statistics import Statistics
+from windquant.tuning import divergence_of
 from windquant.units import protected_count
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class LossMeter:
         seed: int = 0,
         whole: bool | None = None,
     ) -> None:
-        """`tokens` of the reward split are for `loss_gap`, the rest for `confirm`.
+        """`tokens` of the reward split are for `loss_gap`, the rest for `divergences`.
 
         whole: whether model and noise stay in memory; None: where they fit (memory.py). The losses are the same.
         """
@@ -89,14 +90,12 @@ class LossMeter:
 
     @torch.no_grad()
     def _prepare(self) -> None:
-        """The original's losses, every action's relative error, and the noise of every linear, in one walk."""
+        """The original's loss, every action's relative error, and the noise of every linear, in one walk."""
         self.relative = np.empty_like(self.bank.errors)  # [U, A], in [0, 1]
         self.unit_of = [self._units(index) for index in range(len(self.bank.linears))]
-        texts = (self.ids, self.other)
-        flows = [self._flow(self.model, ids) for ids in texts]
+        flow = self._flow(self.model, self.ids)
         for place, layer in streaming.walk(self.model):
-            for flow in flows:
-                flow.through(layer, place)
+            flow.through(layer, place)
             for index, parameter in self.parameters(place):
                 weight = parameter.detach()
                 linear = self.bank.linears[index]
@@ -106,8 +105,7 @@ class LossMeter:
                     lost = 0.5 * (fisher @ weight[:, columns].float().square() @ energy[columns]).item()
                     self.relative[unit] = np.clip(self.bank.errors[unit] / max(lost, 1e-30), 0, 1)
                 self.noise.of(index, weight, self.unit_of[index])
-        pairs = zip(flows, texts, strict=True)
-        self.original, self.other_original = (self._loss(self.model, flow, ids) for flow, ids in pairs)
+        self.original = self._loss(self.model, flow)
 
     def _units(self, index: int) -> Tensor:
         """The unit of every column of a linear, -1 for protected ones: int64 [columns]."""
@@ -137,7 +135,7 @@ class LossMeter:
         for place, layer in streaming.walk(self.model):
             for flow, _ in zip(flows, self.stand_ins(place, relative), strict=True):
                 flow.through(layer, place)
-        return sum(self._loss(self.model, flow, self.ids) for flow in flows) / len(SIGNS)
+        return sum(self._loss(self.model, flow) for flow in flows) / len(SIGNS)
 
     def stand_ins(self, layer: int, relative: Tensor) -> Iterator[int]:
         """Put the stand-in's weights into a layer, for one sign after the other, and at last the original ones.
@@ -159,38 +157,41 @@ class LossMeter:
             for parameter, weight, *_ in parts:
                 parameter.data = weight
 
-    def confirm(self, plans: list[Plan], update: Callable[[int], object]) -> list[float]:
-        """Loss gaps of plans on the text that `loss_gap` never sees, after really quantizing the model.
+    def divergences(self, plans: list[Plan], update: Callable[[int], object]) -> list[float]:
+        """How far plans are from the original on the text that `loss_gap` never sees, once really quantized.
 
+        In nats per token: of two texts they tell nearly the same, where losses of single tokens scatter.
         `update(1)` is called after every linear of every plan.
         """
         self.noise.kept.clear()  # its place is needed; `loss_gap` would draw it again
-        return [self._fitting(partial(self._quantized_loss, plan, update)) - self.other_original for plan in plans]
+        return [self._fitting(partial(self._divergence, plan, update)) for plan in plans]
 
     @torch.no_grad()
-    def _quantized_loss(self, plan: Plan, update: Callable[[int], object]) -> float:
+    def _divergence(self, plan: Plan, update: Callable[[int], object]) -> float:
+        exact = self._flow(self.model, self.other)
+        for place, layer in streaming.walk(self.model):
+            exact.through(layer, place)
         model = streaming.load(self.folder)
+        found = self._flow(model, self.other, compute.autocast)
         layouts = layouts_of(plan, self.statistics.linears)
-        flow = self._flow(model, self.other, compute.autocast)
         samples = len(self.samples) if self.batch == BATCH else self.batch
         for _ in quantized_linears(
-            model, layouts, plan.units.order, self.statistics, self.samples, samples, along=[flow]
+            model, layouts, plan.units.order, self.statistics, self.samples, samples, along=[found]
         ):
             update(1)
-        with compute.autocast():
-            return self._loss(model, flow, self.other)
+        return divergence_of(model, found, self.model, exact, self.other)
 
     def _flow(self, model: nn.Module, ids: Tensor, precision: Precision = nullcontext) -> Flow:
         return Flow(model, ids, self.batch, Path(tempfile.gettempdir()), precision)
 
-    def _loss(self, model: nn.Module, flow: Flow, ids: Tensor) -> float:
+    def _loss(self, model: nn.Module, flow: Flow) -> float:
         """Mean loss of the hidden states behind the last layer, nats per token."""
         total = 0.0
-        for part, hidden in zip(ids.split(self.batch), flow.batches(), strict=True):
+        for part, hidden in zip(self.ids.split(self.batch), flow.batches(), strict=True):
             logits = decoder.head(model, part, hidden)[:, :-1]
             for some, targets in zip(logits, part[:, 1:], strict=True):
                 total += F.cross_entropy(some.float(), targets, reduction="sum").item()
-        return total / ids[:, 1:].numel()
+        return total / self.ids[:, 1:].numel()
 
 
 class Noise:

@@ -79,9 +79,9 @@ def divergence(student: nn.Module, teacher: nn.Module, ids: Tensor) -> float:
 
 @torch.no_grad()
 def divergence_of(student: nn.Module, found: Flow, teacher: nn.Module, exact: Flow, ids: Tensor) -> float:
-    """The same from the hidden states behind the last layers."""
+    """The same from the hidden states behind the last layers, in equal batches."""
     total = 0.0
-    for part, mine, theirs in zip(ids.split(BATCH), found.batches(), exact.batches(), strict=True):
+    for part, mine, theirs in zip(ids.split(found.batch), found.batches(), exact.batches(), strict=True):
         part = part.to(mine.device)
         with compute.autocast():
             logits = decoder.head(student, part, mine), decoder.head(teacher, part, theirs)

@@ -100,10 +100,10 @@ def learned(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[st
 
 
 def confirmed(task: Task, plans: list[Plan], meter: "LossMeter") -> list[float]:
-    """Loss gaps of plans that are really quantized, on text that the search has not seen."""
+    """Divergences of plans that are really quantized, on text that the search has not seen."""
     progress: Progress[None] = task.progress(total=sum(len(plan.actions) for plan in plans), label="confirming")
     with progress:
-        return meter.confirm(plans, progress.update)
+        return meter.divergences(plans, progress.update)
 
 
 def evolved(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[str, Any]]:
