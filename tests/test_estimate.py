@@ -17,14 +17,14 @@ SCHEMA = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml"
 EMBEDDED = configuration.resolve(configuration.load(ROOT / "config" / "config.yaml"), SCHEMA, "smollm2-135m")
 #: Seconds of the main job on two quiet cores (docs/results.md).
 MEASURED = {
-    "statistics": 70,
-    "bank": 4,
-    "search": 52,
-    "allocation": 82,
-    "quantize": 117,
-    "recovery": 203,
-    "perplexity": 24,
-    "zero_shot": 31,
+    "statistics": 63,
+    "bank": 3,
+    "search": 50,
+    "allocation": 97,
+    "quantize": 98,
+    "recovery": 123,
+    "perplexity": 19,
+    "zero_shot": 21,
 }
 LLAMA_70B = {
     "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,

@@ -41,7 +41,7 @@ def cpu(cores: int) -> Machine:
     return Machine(
         name=f"{cores} cores",
         products=280e9 * share,
-        fast=600e9 * share,
+        fast=720e9 * share,
         solves=60e9 * share,
         search=4.5e6 * share,
         decode=60e6 * share,
