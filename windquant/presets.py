@@ -1,6 +1,6 @@
 """What the presets of the settings stand for, without importing torch: the estimate asks too."""
 
-#: Distillation steps. On two CPU cores a step of the embedded model takes about two seconds.
+#: Distillation steps. On two CPU cores a step of the embedded model takes about 1.3 seconds.
 RECOVERY_STEPS = {"light": 80, "standard": 400, "full": 2000}
 #: Of learned rounding: windows of a batch, batches that the steps take in turn, batches that judge a layer (at most a
 #: quarter of all), and how often they do.

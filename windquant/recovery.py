@@ -33,7 +33,7 @@ from windquant.tuning import Tuning, divergence, drawn, kl_divergence, norms_of
 
 @dataclass(frozen=True)
 class Settings:
-    preset: Literal["light", "standard", "full"] = "light"  # 80, 400 or 2000 steps: 3 or 15 minutes on two cores, a GPU
+    preset: Literal["light", "standard", "full"] = "light"  # 80, 400 or 2000 steps: on two cores 2, 9 or 45 minutes
     # Layer by layer takes the memory of one, and more time; what is recovered is the same
     scope: Literal["auto", "model", "layers"] = "auto"  # what is in memory; auto: the whole model where it fits
     steps: int | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays as it is
