@@ -1,4 +1,4 @@
-"""Attention of short windows on a CPU in BF16, two to four times as fast as torch's own kernel.
+"""Attention of short windows on a CPU in BF16, two to three times as fast as torch's own kernel.
 
 That kernel goes through the keys block by block, so that no more than a block of scores is kept, and its small products
 leave most of the processor's BF16 units unused. Scores of up to 512 tokens stay in the cache anyway: here they are one

@@ -1,4 +1,4 @@
-"""Time the attention of short windows against torch's own on the CPU; docs/performance.md says what came out.
+"""Time the attention of short windows against torch's own on the CPU; docs/decisions.md says what came out.
 
 python -m benchmarks.kernels.attention --threads 1
 """
