@@ -372,6 +372,16 @@ def test_divergence_is_the_mean_over_all_windows(prepared: Prepared, packed: Pat
         assert divergence(teacher, teacher, ids) == 0
 
 
+def test_more_steps_than_text_are_said(
+    prepared: Prepared, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = len(calibration.load(prepared.calibration).recovery)
+    recover(prepared, packed, tmp_path / "enough", steps=2 * windows)
+    assert "by heart" not in capsys.readouterr().err
+    recover(prepared, packed, tmp_path / "many", steps=2 * windows + 1)
+    assert f"recovery: {2 * windows + 1} steps pass 2." in capsys.readouterr().err
+
+
 def test_presets_say_how_many_steps(prepared: Prepared, packed: Path, tmp_path: Path) -> None:
     assert [recovery_steps(preset, None) for preset in ("light", "standard", "full")] == [80, 400, 2000]
     assert recovery_steps("full", 0) == 0

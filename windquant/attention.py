@@ -1,4 +1,4 @@
-"""Attention of short windows on a CPU in BF16, two to three times as fast as torch's own kernel.
+"""Attention of short windows on a CPU in BF16, about twice as fast as torch's own kernel, or more.
 
 That kernel goes through the keys block by block, so that no more than a block of scores is kept, and its small products
 leave most of the processor's BF16 units unused. Scores of up to 512 tokens stay in the cache anyway: here they are one
@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from windquant import compute
 
 LONGEST = 512  # tokens
+SPECIAL = ("softcap", "position_bias", "cache")  # what else transformers may ask of an attention
 
 
 def register() -> None:
@@ -28,13 +29,12 @@ def forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
     """[batch, length, heads, size] of query, key and value [batch, heads, length, size], as transformers asks."""
-    given = {name for name, value in others.items() if value is not None and value is not False}
     causal = others.get("is_causal")
     if (
         (getattr(module, "is_causal", True) if causal is None else causal)
         and attention_mask is None
         and not others.get("dropout")
-        and not given & {"softcap", "position_bias", "cache", "output_attentions"}
+        and all(others.get(name) is None for name in SPECIAL)
         and 1 < query.shape[2] == key.shape[2] <= LONGEST
         and _in_bfloat16(query)
     ):

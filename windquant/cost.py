@@ -16,7 +16,6 @@ from windquant.shape import Shape
 Settings = Mapping[str, Mapping[str, Any]]  # by section of the configuration
 FLOAT = 4  # bytes of a number in FP32
 ALL_WINDOWS = 150  # of a test text that is taken whole, about WikiText-2's
-CONFIRM_TOKENS = 4096  # of the calibration set that a plan is confirmed on
 
 
 @dataclass(frozen=True)
@@ -203,8 +202,8 @@ class Costs:
         tokens = 16 * self.settings["calibration"]["length"]
         really = self.resident + self.matrices + FLOAT * tokens * (4 * s.intermediate + 7 * s.hidden)
         return self.need(
-            4 * self.held_out * (self.token + self.head) / m.fast
-            + 2 * (self.searched + 2 * CONFIRM_TOKENS * (self.token + self.covariance) / m.fast)
+            2 * 3 * self.held_out * (self.token + self.head) / m.fast  # the original and both plans
+            + 2 * (self.searched + 2 * presets.CONFIRM_TOKENS * (self.token + self.covariance) / m.fast)
             + 2 * self.factors / m.solves,
             rest + max(held, (held / 2 if self.searches else 0) + really),  # the noise is let go
             100 * self.units,

@@ -17,7 +17,6 @@ memory, every walk reads the layers from the files and draws their noise again: 
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from windquant import calibration, compute, decoder, memory, models, streaming
+from windquant import calibration, compute, decoder, memory, models, presets, streaming
 from windquant.bank import Bank
 from windquant.feedback import column_order
 from windquant.flow import Flow, Precision
@@ -38,7 +37,6 @@ from windquant.tuning import divergence_of
 from windquant.units import protected_count
 
 T = TypeVar("T")
-CONFIRM_TOKENS = 4096  # of the calibration set, for quantizing a plan that is to be confirmed
 BATCH = 8  # windows at a time; fewer once a GPU has had no room for them
 SIGNS = (1, -1)
 
@@ -70,7 +68,7 @@ class LossMeter:
             self.model = streaming.load(model, dtype_name=str(dtype).removeprefix("torch."))
         self.device = decoder.device_of(self.model)
         texts = calibration.load(calibration_set)
-        self.samples = texts.calibration[: max(1, CONFIRM_TOKENS // texts.calibration.shape[1])].long()
+        self.samples = texts.calibration[: max(1, presets.CONFIRM_TOKENS // texts.calibration.shape[1])].long()
         self.statistics = Statistics.load(statistics)
         reward = texts.reward.long().to(self.device)
         windows = min(max(1, tokens // reward.shape[1]), len(reward))
@@ -164,22 +162,23 @@ class LossMeter:
         `update(1)` is called after every linear of every plan.
         """
         self.noise.kept.clear()  # its place is needed; `loss_gap` would draw it again
-        return [self._fitting(partial(self._divergence, plan, update)) for plan in plans]
+        return self._fitting(lambda: list(self._divergences(plans, update)))
 
     @torch.no_grad()
-    def _divergence(self, plan: Plan, update: Callable[[int], object]) -> float:
+    def _divergences(self, plans: list[Plan], update: Callable[[int], object]) -> Iterator[float]:
         exact = self._flow(self.model, self.other)
         for place, layer in streaming.walk(self.model):
             exact.through(layer, place)
-        model = streaming.load(self.folder)
-        found = self._flow(model, self.other, compute.autocast)
-        layouts = layouts_of(plan, self.statistics.linears)
         samples = len(self.samples) if self.batch == BATCH else self.batch
-        for _ in quantized_linears(
-            model, layouts, plan.units.order, self.statistics, self.samples, samples, along=[found]
-        ):
-            update(1)
-        return divergence_of(model, found, self.model, exact, self.other)
+        for plan in plans:
+            model = streaming.load(self.folder)
+            found = self._flow(model, self.other, compute.autocast)
+            layouts = layouts_of(plan, self.statistics.linears)
+            for _ in quantized_linears(
+                model, layouts, plan.units.order, self.statistics, self.samples, samples, along=[found]
+            ):
+                update(1)
+            yield divergence_of(model, found, self.model, exact, self.other)
 
     def _flow(self, model: nn.Module, ids: Tensor, precision: Precision = nullcontext) -> Flow:
         return Flow(model, ids, self.batch, Path(tempfile.gettempdir()), precision)

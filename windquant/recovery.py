@@ -30,6 +30,8 @@ from windquant.progress import Progress
 from windquant.training import Training
 from windquant.tuning import Tuning, divergence, drawn, kl_divergence, norms_of
 
+PASSES = 2  # through the text, beyond which recovery learns it by heart (docs/decisions.md)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -51,6 +53,13 @@ def run(task: step.Task, settings: Settings) -> None:
     texts = calibration.load(task.inputs["calibration"])
     steps = presets.recovery_steps(settings.preset, settings.steps)
     windows, held_out = drawn(texts.recovery.long(), steps, task.seed), texts.reward.long()
+    if (passes := steps / len(texts.recovery)) > PASSES:
+        print(
+            f"recovery: {steps} steps pass {passes:.1f} times through its text and will learn it by heart; take fewer "
+            "(recovery.steps), or give it more text (calibration.source, calibration.recovery_samples)",
+            file=sys.stderr,
+            flush=True,
+        )
     if settings.rounding < 0:
         raise WindquantError(f"recovery.rounding: {settings.rounding} steps are none; give a positive number, or 0")
     if settings.rounding:

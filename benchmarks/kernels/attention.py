@@ -4,13 +4,14 @@ python -m benchmarks.kernels.attention --threads 1
 """
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.kernels.timing import seconds
 from windquant.attention import causal_attention
 
 #: Batch, heads, key heads, length and head size: SmolLM2-135M's, then LLaMA 3's.
@@ -21,17 +22,12 @@ def torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def milliseconds(function: Callable[[Tensor, Tensor, Tensor], Tensor], states: list[Tensor], backward: bool) -> float:
-    """The fastest of ten calls, with or without the gradients of query, key and value."""
-    taken = []
-    for _ in range(10):
-        start = time.perf_counter()
-        with torch.set_grad_enabled(backward):
-            found = function(*states)
-        if backward:
-            torch.autograd.grad(found, states, torch.ones_like(found))
-        taken.append(time.perf_counter() - start)
-    return 1000 * min(taken)
+def call(function: Callable[[Tensor, Tensor, Tensor], Tensor], states: list[Tensor], backward: bool) -> None:
+    """With or without the gradients of query, key and value."""
+    with torch.set_grad_enabled(backward):
+        found = function(*states)
+    if backward:
+        torch.autograd.grad(found, states, torch.ones_like(found))
 
 
 def main() -> None:
@@ -43,7 +39,9 @@ def main() -> None:
         shapes = [(batch, count, length, size) for count in (heads, key_heads, key_heads)]
         states = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
         times = [
-            milliseconds(each, states, backward) for backward in (False, True) for each in (torchs, causal_attention)
+            1000 * seconds([partial(call, function, states, backward)] * 10, torch.device("cpu"))
+            for backward in (False, True)
+            for function in (torchs, causal_attention)
         ]
         print(batch, heads, key_heads, length, size, "| {:.1f}, {:.1f} | {:.1f}, {:.1f}".format(*times), flush=True)
 
