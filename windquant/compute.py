@@ -71,10 +71,14 @@ def move(model: M) -> M:
 
 def native_bfloat16() -> bool:
     """Whether BF16 matrix products are faster than FP32 ones here (two to three times, where they are native)."""
-    if device().type == "cuda":
-        return torch.cuda.is_bf16_supported()
+    return torch.cuda.is_bf16_supported() if device().type == "cuda" else bfloat16_of_processor()
+
+
+def bfloat16_of_processor() -> bool:
+    """The same of the processor: AMX, or AVX512-BF16, which takes Intel twice as long as FP32 (docs/decisions.md)."""
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    intel = "intel" in str(capabilities.get("cpu_name")).lower()
+    return bool(capabilities.get("amx_bf16") or (capabilities.get("avx512_bf16") and not intel))
 
 
 def autocast() -> AbstractContextManager[object]:

@@ -121,6 +121,8 @@ def packages(lock: Path) -> Iterator[Finding]:
 
 def processor() -> Finding:
     """Cores, and the instructions that decide how fast and how rounded products are."""
+    from windquant import compute
+
     flags: set[str] = set()
     try:
         for line in Path("/proc/cpuinfo").read_text().lower().splitlines():
@@ -129,8 +131,8 @@ def processor() -> Finding:
     except OSError:
         pass
     found = [name for name in INSTRUCTIONS if name in flags]
-    fast = bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
-    speed = "native BF16: statistics, search and recovery are fast" if fast else "no native BF16: all in FP32"
+    fast = compute.bfloat16_of_processor()
+    speed = "fast BF16: statistics, search and recovery use it" if fast else "no fast BF16: all in FP32"
     return Finding(GOOD, "processor", f"{cores()} cores, {' '.join(found) or platform.machine()}; {speed}")
 
 

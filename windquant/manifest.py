@@ -127,15 +127,19 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "b
 
 
 def machine(threads: int | None) -> dict[str, str]:
-    """What rounding depends on: instructions of the processor, threads, GPU (only looked for if torch is loaded)."""
+    """What rounding depends on: the processor, its instructions, threads, GPU (only looked for if torch is loaded)."""
     flags: set[str] = set()
+    maker = ""  # the same instructions are not the fastest on all, so not all use them
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().lower().splitlines()
-        flags = {flag for line in lines if line.startswith(("flags", "features")) for flag in line.split()}
+        for line in Path("/proc/cpuinfo").read_text().lower().splitlines():
+            if line.startswith(("flags", "features")):
+                flags.update(line.split())
+            elif line.startswith("vendor_id"):
+                maker = line.split()[-1]
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else ""
     return {
-        "processor": platform.machine(),
+        "processor": f"{platform.machine()} {maker}".strip(),
         "instructions": " ".join(name for name in INSTRUCTIONS if name in flags),
         "threads": str(threads or os.cpu_count()),
         "gpu": gpu,
