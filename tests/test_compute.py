@@ -103,23 +103,6 @@ def test_products_stay_float32_unless_rounding_is_allowed(monkeypatch: pytest.Mo
     assert not compute.onednn_keeps_float32.__wrapped__()
 
 
-@pytest.mark.parametrize(
-    ("name", "instructions", "fast"),
-    [
-        ("Intel Xeon", {"avx512_bf16"}, False),  # there BF16 products take twice as long as FP32 ones
-        ("Intel Xeon", {"avx512_bf16", "amx_bf16"}, True),
-        ("AMD EPYC 9R45", {"avx512_bf16"}, True),
-        ("AMD EPYC 7R13", {"avx2"}, False),
-    ],
-)
-def test_bfloat16_is_used_where_it_is_fast(
-    monkeypatch: pytest.MonkeyPatch, name: str, instructions: set[str], fast: bool
-) -> None:
-    capabilities = {"cpu_name": name, **dict.fromkeys(instructions, True)}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert compute.bfloat16_of_processor() is fast
-
-
 def test_the_way_of_products_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def precision() -> str:
         return str(torch._C._get_fp32_precision_getter("mkldnn", "matmul"))

@@ -55,13 +55,23 @@ def test_a_70b_model_is_counted_without_its_weights() -> None:
 
 @pytest.mark.parametrize("step", MEASURED)
 def test_the_embedded_models_times_are_near_what_was_measured(step: str) -> None:
-    found = cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2))[step]
+    found = cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2, fast_bfloat16=True))[step]
     assert 1 / 1.5 < found.seconds / MEASURED[step] < 1.5
+
+
+def test_without_fast_bfloat16_steps_take_longer_and_plans_more_memory() -> None:
+    with_it, without = (
+        cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2, fast)) for fast in (True, False)
+    )
+    for step in ("statistics", "search", "allocation", "recovery"):
+        assert without[step].seconds > 1.3 * with_it[step].seconds, step
+    assert without["search"].memory > 1.3 * with_it["search"].memory
+    assert without["perplexity"] == with_it["perplexity"]
 
 
 def on(room: float) -> cost.Machine:
     """Two cores with so many GiB."""
-    return dataclasses.replace(cost.cpu(2), room=room * 2**30)
+    return dataclasses.replace(cost.cpu(2, fast_bfloat16=True), room=room * 2**30)
 
 
 def test_the_memory_of_streaming_steps_does_not_grow_with_the_depth() -> None:

@@ -14,7 +14,7 @@ from typing import IO, TypeVar
 import torch
 from torch import nn
 
-from windquant import gpus
+from windquant import gpus, processor
 from windquant.errors import WindquantError
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,14 +71,7 @@ def move(model: M) -> M:
 
 def native_bfloat16() -> bool:
     """Whether BF16 matrix products are faster than FP32 ones here (two to three times, where they are native)."""
-    return torch.cuda.is_bf16_supported() if device().type == "cuda" else bfloat16_of_processor()
-
-
-def bfloat16_of_processor() -> bool:
-    """The same of the processor: AMX, or AVX512-BF16, which takes Intel twice as long as FP32 (docs/decisions.md)."""
-    capabilities = torch.cpu.get_capabilities()
-    intel = "intel" in str(capabilities.get("cpu_name")).lower()
-    return bool(capabilities.get("amx_bf16") or (capabilities.get("avx512_bf16") and not intel))
+    return torch.cuda.is_bf16_supported() if device().type == "cuda" else processor.this().fast_bfloat16
 
 
 def autocast() -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from windquant import memory, presets
+from windquant import memory, presets, processor
 from windquant.memory import GIB
 from windquant.shape import Shape
 
@@ -32,15 +32,21 @@ class Machine:
     start: float  # seconds until a step begins: imports and the model's frame
     memory: float  # bytes of a process before it has a model
     room: float  # bytes of memory that it has: what a step does with a model that is too large for it depends on that
+    computing: int = 2  # bytes of a number where plans are measured
 
 
-def cpu(cores: int) -> Machine:
-    """Measured on two cores of an EPYC with BF16 products (docs/performance.md), in proportion to the cores."""
+def cpu(cores: int, fast_bfloat16: bool | None = None) -> Machine:
+    """Measured on two cores of an EPYC (docs/performance.md), in proportion to the cores.
+
+    fast_bfloat16: whether its BF16 products are faster than FP32 ones; none: as this machine's.
+    """
     share = cores / 2
+    if fast_bfloat16 is None:
+        fast_bfloat16 = processor.this().fast_bfloat16
     return Machine(
         name=f"{cores} cores",
         products=280e9 * share,
-        fast=720e9 * share,
+        fast=(720e9 if fast_bfloat16 else 280e9) * share,
         solves=60e9 * share,
         search=4.5e6 * share,
         decode=60e6 * share,
@@ -48,6 +54,7 @@ def cpu(cores: int) -> Machine:
         start=4.0,
         memory=0.55 * GIB,
         room=memory.total(),
+        computing=2 if fast_bfloat16 else 4,
     )
 
 
@@ -168,7 +175,7 @@ class Costs:
     @property
     def searches(self) -> bool:
         """Whether the search holds the whole model."""
-        return self.fits(memory.SEARCH * 2 * self.shape.parameters)
+        return self.fits(memory.SEARCH * self.machine.computing * self.shape.parameters)
 
     @property
     def measuring(self) -> tuple[float, float]:
@@ -176,8 +183,9 @@ class Costs:
         s = self.shape
         largest = max(rows * columns for rows, columns in s.linears)
         kept = 2 * FLOAT * s.layers * (sum(s.inputs) + sum(rows for rows, _ in s.linears))
-        logits = (8 * 2 + 3 * FLOAT) * self.settings["calibration"]["reward_length"] * s.vocabulary
-        held = 4 * s.parameters if self.searches else 2 * s.outside + 10 * s.layer + 12 * largest
+        computing = self.machine.computing
+        logits = (8 * computing + 3 * FLOAT) * self.settings["calibration"]["reward_length"] * s.vocabulary
+        held = 2 * computing * s.parameters if self.searches else 2 * s.outside + 10 * s.layer + 12 * largest
         return kept + logits, held
 
     def search(self) -> Need:
@@ -199,6 +207,7 @@ class Costs:
         """Of a learned plan, which is really quantized, and so is the Lagrangian one."""
         m, s = self.machine, self.shape
         rest, held = self.measuring
+        rest += 8 * m.computing * self.settings["calibration"]["reward_length"] * s.vocabulary  # the original's logits
         tokens = 16 * self.settings["calibration"]["length"]
         really = self.resident + self.matrices + FLOAT * tokens * (4 * s.intermediate + 7 * s.hidden)
         return self.need(

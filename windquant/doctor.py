@@ -18,8 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from windquant import configuration, cost, dependencies, memory
-from windquant.manifest import INSTRUCTIONS
+from windquant import configuration, cost, dependencies, memory, processor
 from windquant.shape import Shape, known
 
 ROOT = dependencies.ROOT.parent
@@ -65,7 +64,7 @@ def examine(folder: Path, offline: bool = False) -> Iterator[Finding]:
     yield python()
     installed = list(packages(ROOT / "requirements.lock"))
     yield from installed
-    yield processor()
+    yield of_processor()
     if any(finding.status == BAD for finding in installed):
         return  # the rest asks these packages
     room, disk = memory.free(), shutil.disk_usage(folder).free
@@ -119,21 +118,11 @@ def packages(lock: Path) -> Iterator[Finding]:
         yield Finding(GOOD, "packages", f"all {len(wanted)} as in {lock.name}")
 
 
-def processor() -> Finding:
+def of_processor() -> Finding:
     """Cores, and the instructions that decide how fast and how rounded products are."""
-    from windquant import compute
-
-    flags: set[str] = set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().lower().splitlines():
-            if line.startswith(("flags", "features")):
-                flags.update(line.split())
-    except OSError:
-        pass
-    found = [name for name in INSTRUCTIONS if name in flags]
-    fast = compute.bfloat16_of_processor()
-    speed = "fast BF16: statistics, search and recovery use it" if fast else "no fast BF16: all in FP32"
-    return Finding(GOOD, "processor", f"{cores()} cores, {' '.join(found) or platform.machine()}; {speed}")
+    found = processor.this()
+    speed = "fast BF16: statistics, search and recovery use it" if found.fast_bfloat16 else "no fast BF16: all in FP32"
+    return Finding(GOOD, "processor", f"{cores()} cores, {' '.join(found.instructions) or platform.machine()}; {speed}")
 
 
 def device() -> tuple[int, str]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from windquant import atomic
+from windquant import atomic, processor
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 
@@ -122,25 +122,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-#: Instructions that make a processor compute in another order or precision.
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-
-
 def machine(threads: int | None) -> dict[str, str]:
     """What rounding depends on: the processor, its instructions, threads, GPU (only looked for if torch is loaded)."""
-    flags: set[str] = set()
-    maker = ""  # the same instructions are not the fastest on all, so not all use them
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().lower().splitlines():
-            if line.startswith(("flags", "features")):
-                flags.update(line.split())
-            elif line.startswith("vendor_id"):
-                maker = line.split()[-1]
+    found = processor.this()
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else ""
     return {
-        "processor": f"{platform.machine()} {maker}".strip(),
-        "instructions": " ".join(name for name in INSTRUCTIONS if name in flags),
+        "processor": f"{platform.machine()} {found.maker}".strip(),
+        "instructions": " ".join(found.instructions),
         "threads": str(threads or os.cpu_count()),
         "gpu": gpu,
     }
