@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.checkpoint.making import make
 from tests.checkpoint.test_format import read_linear
 from tests.families import FullGpu, Prepared, own_text, prepare, run, save_calibration, token_ids, uniform
-from windquant import calibration, checkpoint, models, quantize, recovery, rounding, step, streaming, tuning
+from windquant import checkpoint, models, quantize, recovery, rounding, step, streaming, tuning
 from windquant.manifest import Manifest
 from windquant.packed import dequantize
 from windquant.storage import unpack_rows
@@ -93,21 +93,27 @@ def test_layers_and_model_come_closer_to_the_original(prepared: Prepared, packed
     assert found["errors"][0][1] < 0.95 * found["errors"][0][0], found
     assert found["layers"] == sum(after < before for before, after in found["errors"])
     assert found["divergence"]["kept"], found
-    teacher = streaming.load(prepared.model)
-    reward = calibration.load(prepared.calibration).reward.long()
-    for ids in (reward, own_text(models.load(prepared.model), 32, 48, seed=2)):
-        before, after = (tuning.divergence(streaming.load(one), teacher, ids) for one in (packed, learned))
-        assert after < 0.98 * before, "on text that no step saw"
+    before, after = (divergence(prepared, folder) for folder in (packed, learned))
+    assert after < 0.95 * before, "on text that no step saw"
 
 
-def test_distillation_goes_on_from_the_learned_codes(inputs: dict[str, Path], learned: Path, tmp_path: Path) -> None:
+def divergence(prepared: Prepared, folder: Path) -> float:
+    """From the original, on 64 windows of its own text; the reward split has four, which is little more than chance."""
+    ids = own_text(models.load(prepared.model), 64, 48, seed=2)
+    return tuning.divergence(streaming.load(folder), streaming.load(prepared.model), ids)
+
+
+def test_distillation_goes_on_from_the_learned_codes(
+    prepared: Prepared, inputs: dict[str, Path], learned: Path, tmp_path: Path
+) -> None:
     rates = {"steps": 12, "gain_rate": 0.15, "norm_rate": 0.05}  # a tiny model takes large steps
     both = recover(inputs, tmp_path / "both", rounding=STEPS, **rates)
     alone = recover(inputs, tmp_path / "alone", **rates)
     assert notes(both) == notes(learned)
-    found, without = (Manifest.load(folder).notes["divergence"] for folder in (both, alone))
+    found = Manifest.load(both).notes["divergence"]
     assert found["before"] == pytest.approx(notes(both)["divergence"]["after"], rel=1e-4)
-    assert found["after"] < min(found["before"], without["after"])
+    assert found["after"] < found["before"]
+    assert divergence(prepared, both) < divergence(prepared, alone)
     layers = recover(inputs, tmp_path / "layers", rounding=STEPS, scope="layers", **rates)
     assert same(layers, both), "also layer by layer"
     after, before = checkpoint.read(both), checkpoint.read(learned)
