@@ -117,7 +117,9 @@ def _search(
 def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
     """The quantizer of a chunk for codes of `even` and `odd` bits (1..4) at even and odd rows and 2^window states.
 
-    A code of either fits into the window beside one of the other. The result is `quantize(columns, scales, weights, feedback, table, tile)`:
+    A code of either fits into the window beside one of the other.
+
+    The result is `quantize(columns, scales, weights, feedback, table, tile)`:
     columns: float32 [width, rows], overwritten by the compensated weights; scales: [rows]; weights: [rows], importance
     of each row's squared error; feedback: upper triangular U [width, width] with H^-1 = U^T U (GPTQ, arXiv 2210.17323);
     table: [2^window]; tile: rows per stream. It returns codes uint8 [width, rows], the decoded weights [width, rows]
