@@ -185,7 +185,7 @@ class Costs:
         kept = 2 * FLOAT * s.layers * (sum(s.inputs) + sum(rows for rows, _ in s.linears))
         computing = self.machine.computing
         logits = (8 * computing + 3 * FLOAT) * self.settings["calibration"]["reward_length"] * s.vocabulary
-        held = 2 * computing * s.parameters if self.searches else 2 * s.outside + 10 * s.layer + 12 * largest
+        held = 2 * computing * s.parameters if self.searches else computing * s.outside + 10 * s.layer + 12 * largest
         return kept + logits, held
 
     def search(self) -> Need:
