@@ -84,21 +84,6 @@ def test_the_search_is_optimal(pattern: Pattern, rows: int) -> None:
         np.testing.assert_allclose(errors, column - decoded, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["trellis-1.5", "trellis-4"])
-def test_threads_search_what_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile of rows each, with the last one shorter; feedback goes on from what its own tile has left."""
-    found = entry(name)
-    generator = torch.Generator().manual_seed(5)
-    columns = torch.randn(6, 1100, generator=generator)
-    fit, feedback = Fit(torch.ones(1100)), torch.eye(6) + 0.1 * torch.rand(6, 6, generator=generator).triu(1)
-    coded = []
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
-        coded.append(found.encode(columns.clone(), fit, torch.ones(1100), feedback))
-    for one, several in zip(*(vars(each).values() for each in coded), strict=True):
-        assert torch.equal(one, several)
-
-
 @pytest.mark.parametrize("name", TRELLISES)
 def test_the_bank_knows_the_distortion(name: str) -> None:
     found = entry(name)

@@ -16,13 +16,11 @@ searched (and later decoded) in parallel.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numba.core import codegen
 from numpy.typing import NDArray
 
@@ -127,54 +125,6 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
     """
     states = 1 << window
 
-    def tile_of(
-        columns: NDArray[np.float32],
-        scales: NDArray[np.float32],
-        weights: NDArray[np.float32],
-        feedback: NDArray[np.float32],
-        table: NDArray[np.float32],
-        after_even: NDArray[np.float32],
-        after_odd: NDArray[np.float32],
-        codes: NDArray[np.uint8],
-        decoded: NDArray[np.float32],
-        errors: NDArray[np.float32],
-        start: int,
-        stop: int,
-    ) -> None:
-        """Rows `start` to `stop`, one stream of every column, into codes, decoded and errors."""
-        width, length = len(columns), stop - start
-        scale = scales[start:stop]
-        normal = np.empty(length, np.float32)
-        previous = np.empty((length, states >> min(even, odd)), np.uint8)
-        best = np.empty(states, np.float32)
-        ordered = np.empty(states, np.float32)
-        for i in range(width):
-            column = columns[i, start:stop]
-            out = decoded[i, start:stop]
-            for r in range(length):
-                normal[r] = column[r] / scale[r]
-            code = codes[i, start:stop]
-            _search(
-                even, odd, window, normal, weights[start:stop], table, after_even, after_odd, code, out, previous,
-                best, ordered,
-            )  # fmt: skip
-            error = errors[i, start:stop]
-            diagonal = feedback[i, i]
-            for r in range(length):
-                out[r] *= scale[r]
-                error[r] = (column[r] - out[r]) / diagonal
-            for j in range(i + 1, width):
-                factor = feedback[i, j]
-                target = columns[j, start:stop]
-                for r in range(length):
-                    target[r] -= error[r] * factor
-
-    # Numba names a function's global data after it. Variants of one name, some compiled and some from the cache, would
-    # share that name and then fail.
-    tile_of.__name__ = tile_of.__qualname__ = f"tile_{even}_{odd}_{window}"
-    # Threads of our own: numba's would double the time that it takes to compile this.
-    search = numba.njit(nogil=True, cache=True, boundscheck=False)(tile_of)
-
     def quantize(
         columns: NDArray[np.float32],
         scales: NDArray[np.float32],
@@ -183,22 +133,44 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
         table: NDArray[np.float32],
         tile: int,
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-        after_even, after_odd = (
-            np.ascontiguousarray(table.reshape(states >> bits, 1 << bits).T).reshape(states) for bits in (odd, even)
-        )
-        codes = np.empty(columns.shape, np.uint8)
-        decoded, errors = np.empty(columns.shape, np.float32), np.empty(columns.shape, np.float32)
-        rows = columns.shape[1]
-        starts = range(0, rows, tile)
-
-        def run(start: int) -> None:
+        width, rows = columns.shape
+        after_even = np.ascontiguousarray(table.reshape(states >> odd, 1 << odd).T).reshape(states)
+        after_odd = np.ascontiguousarray(table.reshape(states >> even, 1 << even).T).reshape(states)
+        codes = np.empty((width, rows), np.uint8)
+        decoded = np.empty((width, rows), np.float32)
+        errors = np.empty((width, rows), np.float32)
+        for index in numba.prange((rows + tile - 1) // tile):
+            start = index * tile
             stop = min(rows, start + tile)
-            search(
-                columns, scales, weights, feedback, table, after_even, after_odd, codes, decoded, errors, start, stop
-            )
-
-        with ThreadPoolExecutor(min(len(starts), torch.get_num_threads())) as threads:
-            list(threads.map(run, starts))
+            length = stop - start
+            scale = scales[start:stop]
+            normal = np.empty(length, np.float32)
+            previous = np.empty((length, states >> min(even, odd)), np.uint8)
+            best = np.empty(states, np.float32)
+            ordered = np.empty(states, np.float32)
+            for i in range(width):
+                column = columns[i, start:stop]
+                out = decoded[i, start:stop]
+                for r in range(length):
+                    normal[r] = column[r] / scale[r]
+                code = codes[i, start:stop]
+                _search(
+                    even, odd, window, normal, weights[start:stop], table, after_even, after_odd, code, out, previous,
+                    best, ordered,
+                )  # fmt: skip
+                error = errors[i, start:stop]
+                diagonal = feedback[i, i]
+                for r in range(length):
+                    out[r] *= scale[r]
+                    error[r] = (column[r] - out[r]) / diagonal
+                for j in range(i + 1, width):
+                    factor = feedback[i, j]
+                    target = columns[j, start:stop]
+                    for r in range(length):
+                        target[r] -= error[r] * factor
         return codes, decoded, errors
 
-    return quantize
+    # Numba names a function's global data after it. Variants of one name, some compiled and some from the cache, would
+    # share that name and then fail.
+    quantize.__name__ = quantize.__qualname__ = f"quantize_{even}_{odd}_{window}"
+    return numba.njit(parallel=True, cache=True, boundscheck=False)(quantize)
