@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.families import family, token_ids
-from windquant import compute, gpus
+from windquant import compute, gpus, processor
 from windquant.decoder import decoder_layers
 from windquant.errors import WindquantError
 from windquant.evaluation.perplexity import token_losses
@@ -99,7 +99,7 @@ def _error_of_products(rounded: bool) -> float:
 def test_products_stay_float32_unless_rounding_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _error_of_products(rounded=False) < 1e-6
     assert _error_of_products(rounded=True) < 1e-2
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True, "amx_bf16": True})
+    monkeypatch.setattr(processor, "this", lambda: processor.described("flags : amx_tile amx_bf16"))
     assert not compute.onednn_keeps_float32.__wrapped__()
 
 

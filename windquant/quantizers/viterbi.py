@@ -134,6 +134,7 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
         tile: int,
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
         width, rows = columns.shape
+        # the table as `_stage` goes through it: t, the oldest bits at the next place, first
         after_even = np.ascontiguousarray(table.reshape(states >> odd, 1 << odd).T).reshape(states)
         after_odd = np.ascontiguousarray(table.reshape(states >> even, 1 << even).T).reshape(states)
         codes = np.empty((width, rows), np.uint8)
