@@ -33,9 +33,9 @@ NAMES = [
 ]  # fmt: skip
 
 
-def family(name: str) -> PreTrainedModel:
+def family(name: str, seed: int = 0) -> PreTrainedModel:
     """The tiny model of an architecture (tests/checkpoint/making.py), float32, without gradients."""
-    model: PreTrainedModel = tiny(name).float().requires_grad_(False)
+    model: PreTrainedModel = tiny(name, seed).float().requires_grad_(False)
     # The padding token's embedding is zero: a norm turns the smallest change of that into anything.
     embeddings = model.get_input_embeddings().weight
     embeddings[0] = embeddings[1].flip(0)

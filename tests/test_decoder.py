@@ -7,7 +7,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 
 from tests.checkpoint.making import ARCHITECTURES
 from tests.families import family, token_ids
-from windquant.decoder import decoder_layers, embed, head, quantizable, run_layer, watch
+from windquant.decoder import Enough, decoder_layers, embed, head, inputs, quantizable, run_layer, watch
 from windquant.errors import WindquantError
 
 
@@ -116,6 +116,33 @@ def test_watch_sees_inputs_and_outputs_only_inside_the_block() -> None:
         seen.clear()
         run_layer(layers[0], hidden, calls[0])
     assert not seen
+
+
+def test_inputs_are_seen_until_the_last_linear_which_is_not_computed() -> None:
+    model = family("llama")
+    _, layers = decoder_layers(model)
+    names = [name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)]
+    wanted = ["self_attn.o_proj", "mlp.gate_proj"]
+    everything: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    computed: list[str] = []
+    for name in names:
+        layers[0].get_submodule(name).register_forward_hook(lambda *_, name=name: computed.append(name))
+    with torch.no_grad():
+        hidden, calls = embed(model, token_ids(1, 6))
+        with watch(layers[0], lambda name, x, _: everything.update({name: x})):
+            run_layer(layers[0], hidden, calls[0])
+        computed.clear()
+        with inputs(layers[0], wanted, lambda name, x: seen[name].append(x)):
+            for _ in range(2):
+                with pytest.raises(Enough):
+                    run_layer(layers[0], hidden, calls[0])
+        assert [len(seen[name]) for name in wanted] == [2, 2]
+        assert all(torch.equal(x, everything[name]) for name in wanted for x in seen[name])
+        assert not any(seen[name] for name in names if name not in wanted)
+        assert computed == 2 * [name for name in names if "self_attn" in name]
+        run_layer(layers[0], hidden, calls[0])
+    assert len(computed) == 8 + len(names), "afterwards it runs to its end"
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

@@ -15,12 +15,12 @@ from tests.families import FullGpu, Prepared, in_float32, memory_for, prepare, u
 from windquant import calibration, memory, models, streaming
 from windquant.bank import Bank
 from windquant.decoder import decoder_layers
+from windquant.divergence import kl_divergence
 from windquant.errors import WindquantError
 from windquant.feedback import column_order
 from windquant.measure import LossMeter
 from windquant.quantize import layouts_of, quantized_linears
 from windquant.statistics import Statistics
-from windquant.tuning import kl_divergence
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,9 @@ def prepared(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 def make(prepared: Prepared, seed: int = 0, tokens: int = 4096, whole: bool | None = None) -> LossMeter:
     bank = Bank.load(prepared.bank)
     with in_float32():
-        return LossMeter(prepared.model, prepared.calibration, prepared.statistics, bank, tokens, seed, whole)
+        found = LossMeter(prepared.model, prepared.calibration, prepared.statistics, bank, tokens, seed, whole)
+        found.prepare()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,15 @@ def test_plans_are_compared_as_really_quantized_models(prepared: Prepared, meter
     assert seen == [1] * 2 * len(meter.bank.linears)
     assert meter.loss_gap(choice(meter, "scalar-2")) == measured, "measuring goes on as before"
     assert found[1] < found[0]
+
+
+def test_comparing_plans_draws_no_noise(prepared: Prepared, meter: LossMeter) -> None:
+    fresh = LossMeter(prepared.model, prepared.calibration, prepared.statistics, Bank.load(prepared.bank))
+    plan = uniform(prepared, "scalar-2")
+    with in_float32():
+        assert fresh.divergences([plan], int) == meter.divergences([plan], int)
+    assert not fresh.noise.states
+    assert fresh.loss_gap(choice(fresh, "scalar-2")) == meter.loss_gap(choice(meter, "scalar-2"))
 
 
 def test_tokens_bound_the_text(prepared: Prepared, meter: LossMeter) -> None:

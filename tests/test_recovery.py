@@ -13,12 +13,13 @@ from tests.checkpoint.making import Made, make
 from tests.families import Prepared, in_float32, prepare, run, uniform
 from windquant import calibration, checkpoint, compute, models, quantize, recovery, step, training
 from windquant.checkpoint.linear import PackedLinear
+from windquant.divergence import divergence, kl_divergence
 from windquant.gains import GainLinear, regain, stored_gain
 from windquant.manifest import Manifest
 from windquant.packed import dequantize
 from windquant.presets import recovery_steps
 from windquant.recovery import trainable
-from windquant.tuning import Tuning, divergence, kl_divergence, schedule
+from windquant.tuning import Tuning, schedule
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.checkpoint.making import make
 from tests.checkpoint.test_format import read_linear
 from tests.families import FullGpu, Prepared, own_text, prepare, run, save_calibration, token_ids, uniform
-from windquant import checkpoint, models, quantize, recovery, rounding, step, streaming, tuning
+from windquant import checkpoint, divergence as measured, models, quantize, recovery, rounding, step, streaming
 from windquant.manifest import Manifest
 from windquant.packed import dequantize
 from windquant.storage import unpack_rows
@@ -100,7 +100,7 @@ def test_layers_and_model_come_closer_to_the_original(prepared: Prepared, packed
 def divergence(prepared: Prepared, folder: Path) -> float:
     """From the original, on 64 windows of its own text; the reward split has four, which is little more than chance."""
     ids = own_text(models.load(prepared.model), 64, 48, seed=2)
-    return tuning.divergence(streaming.load(folder), streaming.load(prepared.model), ids)
+    return measured.divergence(streaming.load(folder), streaming.load(prepared.model), ids)
 
 
 def test_distillation_goes_on_from_the_learned_codes(
@@ -290,7 +290,7 @@ def test_a_small_gpu_takes_fewer_windows_at_a_time(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu = FullGpu(monkeypatch, 2)
-    monkeypatch.setattr(tuning, "BATCH", 2)
+    monkeypatch.setattr(measured, "BATCH", 2)  # of the comparison of codes
     made = recover(inputs, tmp_path / "made", rounding=STEPS, steps=0)
     assert "again with a batch of 2" in capsys.readouterr().err
     assert max(gpu.sizes) == 4

@@ -23,7 +23,7 @@ from tests.families import (
     statistics_of,
     token_ids,
 )
-from windquant import compute, statistics
+from windquant import compute, models, statistics
 from windquant.errors import WindquantError
 from windquant.feedback import DAMPING
 from windquant.statistics import Covariance, Statistics
@@ -217,6 +217,19 @@ def test_fisher_samples_leaves_the_energies_alone(tiny_model_folder: Path, tmp_p
     few, all_of_them = (Statistics.load(tmp_path / name) for name in ("1", "6"))
     assert all(torch.equal(value, few.energy[name]) for name, value in all_of_them.energy.items())
     assert not any(torch.equal(value, few.fisher[name]) for name, value in all_of_them.fisher.items())
+
+
+def test_samples_are_the_first_of_the_calibration_set(tiny_model_folder: Path, tmp_path: Path) -> None:
+    ids = token_ids(32, 40)
+    inputs = {"model": tiny_model_folder, "calibration": save_calibration(tmp_path / "calibration", ids)}
+    run(statistics, tmp_path / "made", inputs, samples=3)
+    with in_float32():
+        expected = collected(models.load(tiny_model_folder), ids[:3], 16)
+    found = Statistics.load(tmp_path / "made")
+    for name, value in expected.energy.items():
+        torch.testing.assert_close(found.energy[name], value, rtol=0.02, atol=1e-5)
+    with pytest.raises(WindquantError, match=r"statistics\.samples: 0; give 1 or more"):
+        run(statistics, tmp_path / "none", inputs, samples=0)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other", "metadata", "missing"])

@@ -142,13 +142,14 @@ class Costs:
 
     def statistics(self) -> Need:
         s, m, text = self.shape, self.machine, self.settings["calibration"]
-        batch = self.settings["statistics"]["batch"]
-        fisher = min(self.settings["statistics"]["fisher_samples"], text["samples"]) * text["length"]
-        states = FLOAT * s.hidden * self.calibrated
+        settings = self.settings["statistics"]
+        batch, samples = settings["batch"], min(settings["samples"], text["samples"])
+        tokens, fisher = samples * text["length"], min(settings["fisher_samples"], samples) * text["length"]
+        states = FLOAT * s.hidden * tokens
         losses = 5 * FLOAT * (batch // 4 or 1) * text["length"] * s.vocabulary
         return self.need(
-            (self.calibrated * self.token + fisher * 2 * (self.token + self.head)) / m.fast
-            + self.calibrated * self.covariance / m.products
+            (tokens * self.token + fisher * 2 * (self.token + self.head)) / m.fast
+            + tokens * self.covariance / m.products
             + self.factors / m.solves
             + 2 * self.reading,
             self.resident + max(states + self.matrices + self.inside(self.batch), losses),
@@ -214,7 +215,7 @@ class Costs:
             2 * 3 * self.held_out * (self.token + self.head) / m.fast  # the original and both plans
             + 2 * (self.searched + 2 * presets.CONFIRM_TOKENS * (self.token + self.covariance) / m.fast)
             + 2 * self.factors / m.solves,
-            rest + max(held, (held / 2 if self.searches else 0) + really),  # the noise is let go
+            rest + (held / 2 if self.searches else 0) + really,  # of what the search holds, half is noise
             100 * self.units,
             not self.searches,
         )
@@ -232,24 +233,25 @@ class Costs:
         )
 
     def recovery(self) -> Need:
-        """Teacher and student, whole with their gradients, or a layer of each; hidden states, gains, logits."""
+        """The student, whole with its gradients, or a layer of it; a layer of the teacher; hidden states, logits."""
         s, m, settings = self.shape, self.machine, self.settings["recovery"]
         window = self.settings["calibration"]["recovery_length"]
         steps = presets.recovery_steps(settings["preset"], settings["steps"])
-        tokens, logits = steps * window, 11 * FLOAT * window * s.vocabulary
+        tokens, logits = steps * window, 11 * FLOAT * 128 * s.vocabulary
         whole = settings["scope"] == "model" or (
             settings["scope"] == "auto" and self.fits(memory.RECOVERY * s.parameters)
         )
-        tuned = tokens * 6 * (self.token + self.head) + tokens * 2 * self.token
-        held, reading = memory.RECOVERY * s.parameters, 0.0
+        taught = min(steps, self.settings["calibration"]["recovery_samples"]) * window + self.held_out
+        tuned = tokens * (5.5 * self.token + 4 * self.head) + taught * self.token
+        flows = min(FLOAT * s.hidden * taught, self.machine.room / 4)
+        held, reading = memory.RECOVERY * s.parameters + self.resident + flows, self.reading
         if not whole:
             tuned += tokens * 2 * self.token  # every layer once more
             gains = 12 * s.weights / self.settings["units"]["chunk"]
-            flows = FLOAT * s.hidden * (tokens + self.held_out + s.layers * window)
             layers = FLOAT * s.outside + self.resident + 8 * s.layer + 10 * self.inside(window)
-            held = layers + gains + min(flows, self.machine.room / 4)
-            reading = self.reading + (2 * steps + 2) * self.decoding
-        measured = 4 * self.held_out * (self.token + self.head)
+            held = layers + gains + flows + FLOAT * s.hidden * s.layers * window
+            reading += (2 * steps + 2) * self.decoding
+        measured = self.held_out * (2 * self.token + 4 * self.head)
         rounded, beside = self.rounding()
         seconds = (tuned + rounded + measured) / m.fast + reading
         return self.need(seconds, max(held + logits, beside), self.checkpoint, not whole)

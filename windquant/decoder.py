@@ -6,7 +6,7 @@ passes to each layer come from the model itself; `head` does the same with the l
 Memory: the activations of one batch; the caller decides what it keeps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +82,39 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """Hidden state after one decoder layer."""
     out = layer(hidden, *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out
+
+
+class Enough(Exception):
+    """A decoder layer need not run to its end: what was to be seen has been seen."""
+
+
+@contextmanager
+def inputs(layer: nn.Module, names: Collection[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, input)` for these linears of the layer whenever it runs inside the block.
+
+    Once a run has reached all of them it raises Enough; the last linear is not computed.
+    """
+    reached: set[str] = set()
+
+    def begin(*_: Any) -> None:
+        reached.clear()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def seen(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(name, args[0])
+            reached.add(name)
+            if len(reached) == len(names):
+                raise Enough
+
+        return seen
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    handles.append(layer.register_forward_pre_hook(begin))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def head(model: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:

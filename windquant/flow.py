@@ -5,8 +5,8 @@ every page that was touched counts as the process's memory.
 """
 
 import tempfile
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import AbstractContextManager, suppress
 from io import BufferedRandom
 from pathlib import Path
 
@@ -82,13 +82,23 @@ class Flow:
         return size > SHARE * memory.free()
 
     @torch.no_grad()
-    def through(self, layer: nn.Module, index: int, keep: bool = True) -> None:
-        """Run decoder layer `index` on every batch; without `keep` the hidden states stay what they are."""
+    def through(self, layer: nn.Module, index: int) -> None:
+        """Run decoder layer `index` on every batch."""
         for place, calls in enumerate(self.calls):
             with self.precision():
                 hidden = decoder.run_layer(layer, self.states.get(place, self.device), calls[index])
-            if keep:
-                self.states.put(place, hidden)
+            self.states.put(place, hidden)
+
+    @torch.no_grad()
+    def look(self, layer: nn.Module, index: int, names: Collection[str], see: Callable[[str, Tensor], None]) -> None:
+        """`see(name, input)` of these linears of decoder layer `index`, of every batch; the states stay what they are.
+
+        The layer is left where the last of them has been seen.
+        """
+        with decoder.inputs(layer, names, see), self.precision():
+            for place, calls in enumerate(self.calls):
+                with suppress(decoder.Enough):
+                    decoder.run_layer(layer, self.states.get(place, self.device), calls[index])
 
     def batches(self, samples: int | None = None) -> Iterator[Tensor]:
         """The hidden state [batch, length, hidden] of every batch, or of those that hold the first samples."""

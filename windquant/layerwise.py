@@ -1,10 +1,9 @@
-"""Recovery where original and quantized model do not fit into memory together: the same steps, layer by layer.
+"""Recovery where the quantized model does not fit into memory with its gradients: the same steps, layer by layer.
 
-The original is walked through once, for all windows: only the hidden states behind its last layer are kept, and its
-head. A step then walks through the quantized model twice. Forwards every layer leaves its input in `Activations`;
-backwards it is computed again from that input, this time with gradients, and hands the gradient on to the layer before
-it. So a step computes what it computes on the whole model, in the memory of one layer and of what is trained: a gain
-and Adam's two moments per row and chunk.
+A step walks through the quantized model twice. Forwards every layer leaves its input in `Activations`; backwards it is
+computed again from that input, this time with gradients, and hands the gradient on to the layer before it. So a step
+computes what it computes on the whole model, in the memory of one layer and of what is trained: a gain and Adam's two
+moments per row and chunk.
 """
 
 from collections.abc import Iterator
@@ -17,16 +16,16 @@ from torch import Tensor, nn
 from windquant import compute, decoder, streaming
 from windquant.flow import Activations, Flow
 from windquant.gains import GainLinear
-from windquant.tuning import BATCH, divergence_of, kl_divergence, norms_of
+from windquant.original import Original
+from windquant.tuning import norms_of
 
 
 class Streamed:
-    """A quantized model with gains, and the original one, of which a layer each is in memory at most."""
+    """A quantized model with gains, of which a layer is in memory at most."""
 
-    def __init__(self, original: Path, quantized: Path, windows: Tensor, held_out: Tensor, scratch: Path) -> None:
-        """original, quantized: folders; windows, held_out: int64 [n, length]; scratch: folder for hidden states."""
-        self.windows, self.held_out, self.scratch = windows, held_out, scratch
-        self.teacher, self.student = streaming.load(original), streaming.load(quantized)
+    def __init__(self, original: Original, quantized: Path) -> None:
+        """quantized: folder."""
+        self.original, self.student = original, streaming.load(quantized)
         self.source = streaming.open_source(quantized)
         self.prefix, layers = decoder.decoder_layers(self.student)
         self.depth = len(layers)
@@ -34,12 +33,6 @@ class Streamed:
         self.rounding = False
         self.gains: dict[str, nn.Parameter] = {}
         self.norms: dict[str, nn.Parameter] = {}
-        self.exact, self.target = (
-            Flow(self.teacher, ids, batch, scratch) for ids, batch in ((windows, 1), (held_out, BATCH))
-        )
-        for index, layer in streaming.walk(self.teacher):
-            self.exact.through(layer, index)
-            self.target.through(layer, index)
         self.before = self.divergence()  # which also makes gains and norms, layer by layer
         self.outside = {name: norm for name, norm in norms_of(self.student).items() if not norm.is_meta}
         for name, norm in self.outside.items():
@@ -75,42 +68,32 @@ class Streamed:
 
     def divergence(self) -> float:
         """Mean divergence from the original on the held-out windows."""
-        flow = Flow(self.student, self.held_out, BATCH, self.scratch)
+        flow = self.original.flow(self.student)
         for index, layer in streaming.walk(self.student):
             with self.tuned(index, layer):
                 flow.through(layer, index)
-        return divergence_of(self.student, flow, self.teacher, self.target, self.held_out)
+        return self.original.divergence(self.student, flow)
 
     def learn(self, place: int) -> Tensor:
         """The divergence on a window, in nats per token; its gradients are left at gains and norms."""
-        ids = self.windows[place][None].to(self.device)
+        ids = self.original.windows[place][None].to(self.device)
         with torch.no_grad(), compute.autocast():
             hidden, calls = decoder.embed(self.student, ids)
-        states = Activations(self.scratch if Flow.large(self.depth * hidden.nbytes) else None)
+        states = Activations(self.original.scratch if Flow.large(self.depth * hidden.nbytes) else None)
         for index, layer in streaming.walk(self.student):
             states.put(index, hidden)
             with torch.no_grad(), compute.autocast(), self.tuned(index, layer):
                 hidden = decoder.run_layer(layer, hidden, calls[index])
-        end = hidden.detach().requires_grad_(True)
-        with compute.autocast():
-            with torch.no_grad():
-                target = decoder.head(self.teacher, ids, self.exact.states.get(place, self.device))
-            loss = kl_divergence(decoder.head(self.student, ids, end), target)
+        loss, gradient = self.original.gradient(self.student, place, hidden)
         if not loss.isfinite():
             return loss
-        gradient = _gradients(loss, end, list(self.outside.values()))
         for index, layer in streaming.walk(self.student, reversed(range(self.depth))):
             given = states.get(index, self.device).detach().requires_grad_(True)
             with self.tuned(index, layer) as parameters:
                 with compute.autocast():
                     end = decoder.run_layer(layer, given, calls[index])
-                gradient = _gradients(end, given, parameters, gradient)
-        return loss.detach()
-
-
-def _gradients(end: Tensor, given: Tensor, parameters: list[nn.Parameter], upper: Tensor | None = None) -> Tensor:
-    """Leave the gradients of `end` at the parameters, and return that of what was given."""
-    found = torch.autograd.grad(end, [given, *parameters], upper)
-    for parameter, gradient in zip(parameters, found[1:], strict=True):
-        parameter.grad = gradient
-    return found[0]
+                found = torch.autograd.grad(end, [given, *parameters], gradient)
+            gradient = found[0]
+            for parameter, value in zip(parameters, found[1:], strict=True):
+                parameter.grad = value
+        return loss

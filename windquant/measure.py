@@ -28,12 +28,12 @@ from torch.nn import functional as F
 
 from windquant import calibration, compute, decoder, memory, models, presets, streaming
 from windquant.bank import Bank
+from windquant.divergence import divergence_of
 from windquant.feedback import column_order
 from windquant.flow import Flow, Precision
 from windquant.plan import Plan
 from windquant.quantize import layouts_of, quantized_linears
 from windquant.statistics import Statistics
-from windquant.tuning import divergence_of
 from windquant.units import protected_count
 
 T = TypeVar("T")
@@ -74,8 +74,9 @@ class LossMeter:
         windows = min(max(1, tokens // reward.shape[1]), len(reward))
         self.ids, self.other = reward[:windows], reward[windows:] if windows < len(reward) else reward
         self.noise = Noise(seed, self.device, whole)
+        self.unit_of = [self._units(index) for index in range(len(bank.linears))]
         self.batch = BATCH
-        self._fitting(self._prepare)
+        self.prepared = False
 
     def _fitting(self, measure: Callable[[], T]) -> T:
         """`measure()`, with as many windows at a time as there is room for."""
@@ -86,11 +87,16 @@ class LossMeter:
 
         return compute.with_smaller_batches(self.batch, measured)
 
+    def prepare(self) -> None:
+        """What losses are compared with; who only asks for divergences does without."""
+        if not self.prepared:
+            self._fitting(self._prepare)
+        self.prepared = True
+
     @torch.no_grad()
     def _prepare(self) -> None:
         """The original's loss, every action's relative error, and the noise of every linear, in one walk."""
         self.relative = np.empty_like(self.bank.errors)  # [U, A], in [0, 1]
-        self.unit_of = [self._units(index) for index in range(len(self.bank.linears))]
         flow = self._flow(self.model, self.ids)
         for place, layer in streaming.walk(self.model):
             flow.through(layer, place)
@@ -122,6 +128,7 @@ class LossMeter:
 
     def loss_gap(self, choice: NDArray[np.int64]) -> float:
         """Loss of the plan `choice` [U] above the original's, nats per token; inf where it is not finite."""
+        self.prepare()
         chosen = self.relative[np.arange(len(choice)), choice]
         relative = torch.from_numpy(np.append(chosen, 0.0)).float().to(self.device)  # the last: protected, index -1
         gap = self._fitting(lambda: self._stand_in_loss(relative)) - self.original

@@ -2,9 +2,9 @@
 
     python -m windquant.quantize --model DIR --calibration DIR --statistics FILE --plan FILE --output DIR
 
-For every decoder layer: one pass of the calibration set for the covariances of its inputs, error feedback for each
-linear (feedback.py), and one pass of the quantized layer for the next layer's inputs. Every layer is read
-from the files once.
+For every decoder layer: one pass of the calibration set for the covariances of its linears' inputs, error feedback for
+each linear (feedback.py), and one pass of the quantized layer for the next layer's inputs. Every layer is read from the
+files once.
 """
 
 import tempfile
@@ -84,7 +84,7 @@ def quantized_linears(
     not fit into memory; the system's own for temporary files otherwise. along: hidden states of other texts, which are
     led through the quantized layers too.
     """
-    prefix, _ = decoder.decoder_layers(model)
+    prefix, layers = decoder.decoder_layers(model)
     linears = [layout.linear for layout in layouts.values()]
     orders = {
         linear.group: column_order(
@@ -95,8 +95,7 @@ def quantized_linears(
     flow = Flow(model, ids, batch, scratch or Path(tempfile.gettempdir()))
     for index, layer in streaming.walk(model):
         covariance = Covariance(owners(linears, index, prefix))
-        with decoder.watch(layer, covariance.see):
-            flow.through(layer, index, keep=False)
+        flow.look(layer, index, covariance.names, covariance.see)
         matrices = covariance.means()
         for linear in linears:
             if linear.layer != index:
@@ -111,7 +110,7 @@ def quantized_linears(
             )
             weight.copy_(decoded)
             yield linear.name, tensors
-        for states in (flow, *along):
+        for states in (flow, *along) if index + 1 < len(layers) else along:
             states.through(layer, index)
 
 

@@ -8,8 +8,9 @@ alone, EfficientQAT arXiv 2407.11062) and the norms. In the second half of the s
 as they will be stored, rounded to the grid of the scales' codes, and their gradients pass straight through: what
 rounding costs is trained away, and the checkpoint takes exactly as many bytes as before.
 
-Where original and quantized model do not fit into memory together, the same steps go layer by layer (layerwise.py).
-Before all that `--rounding 100` moves codes of scalar chunks (rounding.py).
+The original is walked through once, before the first step (original.py). Where the quantized model does not fit into
+memory with its gradients, the same steps go layer by layer (layerwise.py). Before all that `--rounding 100` moves codes
+of scalar chunks (rounding.py).
 """
 
 import sys
@@ -20,15 +21,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from windquant import calibration, compute, memory, models, presets, rounding, step, streaming
+from windquant import calibration, compute, decoder, memory, models, presets, rounding, step, streaming
 from windquant.checkpoint.linear import PackedLinear
 from windquant.checkpoint.rewriting import rewrite
+from windquant.divergence import BATCH
 from windquant.errors import WindquantError
 from windquant.gains import GainLinear, regain, stored_gain
 from windquant.layerwise import Streamed
+from windquant.original import Original
 from windquant.progress import Progress
 from windquant.training import Training
-from windquant.tuning import Tuning, divergence, drawn, kl_divergence, norms_of
+from windquant.tuning import Tuning, drawn, norms_of
 
 PASSES = 2  # through the text, beyond which recovery learns it by heart (docs/decisions.md)
 
@@ -69,13 +72,17 @@ def run(task: step.Task, settings: Settings) -> None:
         size = memory.RECOVERY * streaming.open_source(original).parameters
         scope = "model" if memory.fits(size) else "layers"
 
+    def walked(batch: int) -> Original:
+        source = Original(original, windows, held_out, batch, task.output.parent)
+        for _ in task.progress(source.walk(), total=source.depth, label="original"):
+            pass
+        return source
+
+    source = compute.with_smaller_batches(BATCH, walked)
+
     def recovered(scope: str) -> tuple[dict[str, Tensor], float, float, list[float]]:
         """What changes in the checkpoint, the divergence before and after it, and the curve."""
-        model: Whole | Streamed
-        if scope == "model":
-            model = Whole(original, quantized, windows, held_out)
-        else:
-            model = Streamed(original, quantized, windows, held_out, task.output.parent)
+        model = (Whole if scope == "model" else Streamed)(source, quantized)
         nats = min(1.0, model.before)
         tuning = Tuning(steps, settings.gain_rate * nats, settings.norm_rate * nats, settings.warmup)
         curve = distill(task, model, tuning)
@@ -108,33 +115,37 @@ def run(task: step.Task, settings: Settings) -> None:
 
 
 class Whole:
-    """A quantized model with gains, and the original one, both in memory."""
+    """A quantized model with gains, in memory as a whole."""
 
-    def __init__(self, original: Path, quantized: Path, windows: Tensor, held_out: Tensor) -> None:
-        """original, quantized: folders; windows, held_out: int64 [n, length]."""
-        self.windows, self.held_out = windows, held_out
-        self.teacher, self.student = (compute.move(models.load(folder)) for folder in (original, quantized))
+    def __init__(self, original: Original, quantized: Path) -> None:
+        """quantized: folder."""
+        self.original, self.student = original, compute.move(models.load(quantized))
         self.gains, self.norms = trainable(self.student)
         self.rounding = False
         self.before = self.divergence()
 
+    @torch.no_grad()
     def divergence(self) -> float:
         """Mean divergence from the original on the held-out windows."""
-        return divergence(self.student, self.teacher, self.held_out)
+        flow = self.original.flow(self.student)
+        for index, layer in streaming.walk(self.student):
+            flow.through(layer, index)
+        return self.original.divergence(self.student, flow)
 
     def learn(self, place: int) -> Tensor:
         """The divergence on a window, in nats per token; its gradients are left at gains and norms."""
         for module in self.student.modules():
             if isinstance(module, GainLinear):
                 module.rounding = self.rounding
-        ids = self.windows[place][None].to(compute.device())
+        ids = self.original.windows[place][None].to(compute.device())
         with compute.autocast():
-            with torch.no_grad():
-                target = self.teacher(input_ids=ids, use_cache=False).logits
-            loss = kl_divergence(self.student(input_ids=ids, use_cache=False).logits, target)
+            hidden, calls = decoder.embed(self.student, ids)
+            for index, layer in streaming.walk(self.student):
+                hidden = decoder.run_layer(layer, hidden, calls[index])
+        loss, gradient = self.original.gradient(self.student, place, hidden)
         if loss.isfinite():
-            torch.autograd.backward(loss)
-        return loss.detach()
+            torch.autograd.backward(hidden, gradient)
+        return loss
 
 
 def trainable(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -165,7 +176,7 @@ def distill(task: step.Task, model: Whole | Streamed, tuning: Tuning) -> list[fl
         for index in range(len(training.curve), tuning.steps):
             training.begin()
             model.rounding = index >= tuning.steps // 2  # from here on with the gains as they will be stored
-            loss = model.learn(index % len(model.windows)).item()
+            loss = model.learn(index % len(model.original.windows)).item()
             if training.diverges(loss):
                 training.restore_best()
                 task.note("stopped", index + 1)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from windquant import atomic, compute, decoder, kernels, step, streaming, tensor_file
 from windquant.checkpoint.rewriting import rewrite
+from windquant.divergence import divergence
 from windquant.errors import WindquantError
 from windquant.flow import Flow
 from windquant.packed import FLOOR, Layout, Run, decode_scales
@@ -45,7 +46,7 @@ from windquant.progress import Progress
 from windquant.quantizers import Treatment
 from windquant.quantizers.scalar import Scalar
 from windquant.storage import pack, unpack_rows
-from windquant.tuning import divergence, drawn
+from windquant.tuning import drawn
 
 LEVELS = 16  # of the chunks whose codes move; with more there is nothing to gain
 TRAVEL = 0.5  # sum of the rates: how far a v goes whose gradient never turns

@@ -33,7 +33,9 @@ from windquant.units import Linear
 @dataclass(frozen=True)
 class Settings:
     batch: int = 16  # samples at a time
-    fisher_samples: int = 16  # calibration samples that the Fisher weights are taken from
+    # More of them change a plan's cost by a thousandth (docs/decisions.md); quantize takes all
+    samples: int = 64  # calibration samples that the energies are taken from, or as many as there are
+    fisher_samples: int = 16  # of these, the Fisher weights are taken from the first
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Statistics:
 
 
 def run(task: step.Task, settings: Settings) -> None:
-    ids = calibration.load(task.inputs["calibration"]).calibration.long()
+    if settings.samples < 1:
+        raise WindquantError(f"statistics.samples: {settings.samples}; give 1 or more")
+    ids = calibration.load(task.inputs["calibration"]).calibration[: settings.samples].long()
     model = streaming.load(task.inputs["model"])
     layers = len(decoder.decoder_layers(model)[1])
 
@@ -105,7 +109,7 @@ class Covariance:
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
 
-    def see(self, name: str, x: Tensor, _: Tensor) -> None:
+    def see(self, name: str, x: Tensor, *_: Tensor) -> None:
         if name not in self.names:
             return
         key = self.names[name]
