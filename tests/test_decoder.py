@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from tests.checkpoint.making import ARCHITECTURES
 from tests.families import family, token_ids
@@ -33,6 +41,19 @@ def check(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_layer_by_layer_equals_the_model(name: str) -> None:
     check(family(name))
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon", "mpt", "gptj"])
+def test_layers_that_return_tuples(name: str) -> None:
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_dim": 8, "vocab_size": 320}
+    config = AutoConfig.for_model(name, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    check(model)
+    linears = quantizable(model)
+    assert len(linears) >= 8
+    assert {linear.layer for linear in linears} == {0, 1}
 
 
 def test_every_layer_gets_its_own_mask_and_positions() -> None:

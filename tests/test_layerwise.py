@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.checkpoint.making import ARCHITECTURES, make
 from tests.families import Prepared, in_float32, memory_for, prepare, run, save_calibration, token_ids, uniform
@@ -101,6 +101,20 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     assert layers["divergence"] == whole["divergence"]
     assert same(tmp_path / "model", tmp_path / "layers")
     assert checkpoint.measure(tmp_path / "layers") == made.measured
+
+
+def test_a_norm_before_the_first_layer_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 48, "n_layer": 2, "n_head": 4}
+    monkeypatch.setitem(ARCHITECTURES, "bloom", (BloomConfig, BloomForCausalLM, sizes))
+    made = make(tmp_path / "packed", tmp_path / "original", "bloom", 0.05, ["scalar-2"])
+    text = save_calibration(tmp_path / "text", token_ids(32, 24))
+    inputs = {"model": made.source, "calibration": text, "checkpoint": made.folder}
+    for scope in ("model", "layers"):
+        run(recovery, tmp_path / scope, inputs, scope=scope, steps=3, **RATES)
+    assert same(tmp_path / "model", tmp_path / "layers")
+    name = "transformer.word_embeddings_layernorm.weight"
+    before, after = (checkpoint.read(folder).parameters[name] for folder in (made.folder, tmp_path / "layers"))
+    assert not torch.equal(before, after)
 
 
 class Killed(Exception):

@@ -50,6 +50,20 @@ def _linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
+class _Output(Tensor):
+    """What stands for a layer's output: some architectures take it as the hidden state, others take its [0]."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What is computed from it are plain tensors."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        return plain if isinstance(index, int) and index == 0 else plain[index]
+
+
 @contextmanager
 def _forwards(layers: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
     """Replace the layers' forward for the duration of the block."""
@@ -69,9 +83,9 @@ def embed(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Call]]:
     first: list[Tensor] = []
 
     def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        first.append(hidden)
+        first.append(hidden.as_subclass(Tensor))
         calls.append(Call(args, kwargs))
-        return hidden
+        return hidden.as_subclass(_Output)
 
     with _forwards(layers, [record] * len(layers)):
         _backbone(model)(input_ids=ids, use_cache=False)
@@ -122,7 +136,7 @@ def head(model: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
     _, layers = decoder_layers(model)
 
     def inject(_: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden
+        return hidden.as_subclass(_Output)
 
     with _forwards(layers, [inject] * len(layers)):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits

@@ -96,4 +96,8 @@ class Streamed:
             gradient = found[0]
             for parameter, value in zip(parameters, found[1:], strict=True):
                 parameter.grad = value
+        with compute.autocast():
+            first, _ = decoder.embed(self.student, ids)
+        if first.requires_grad:  # some architectures have a norm before the first layer
+            torch.autograd.backward(first, gradient)
         return loss

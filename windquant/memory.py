@@ -18,7 +18,7 @@ REST = 2 * GIB  # activations, logits, the process itself
 
 # Bytes a parameter of what a step holds of a whole model.
 SEARCH = 2  # times the computing type's: weights and noise
-RECOVERY = 16  # the teacher in FP32, the student decoded, in slots, and what its gradients need
+RECOVERY = 12  # the student decoded, in slots, and scaled, which its gradients need
 
 
 #: Beside a control group's limit stands what is used of it.
