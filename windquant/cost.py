@@ -237,24 +237,25 @@ class Costs:
         s, m, settings = self.shape, self.machine, self.settings["recovery"]
         window = self.settings["calibration"]["recovery_length"]
         steps = presets.recovery_steps(settings["preset"], settings["steps"])
-        tokens, logits = steps * window, 11 * FLOAT * 128 * s.vocabulary
+        tokens, logits = steps * window, 11 * FLOAT * presets.DIVERGENCE_SLICE * s.vocabulary
         whole = settings["scope"] == "model" or (
             settings["scope"] == "auto" and self.fits(memory.RECOVERY * s.parameters)
         )
         taught = min(steps, self.settings["calibration"]["recovery_samples"]) * window + self.held_out
         tuned = tokens * (5.5 * self.token + 4 * self.head) + taught * self.token
-        flows = min(FLOAT * s.hidden * taught, self.machine.room / 4)
-        held, reading = memory.RECOVERY * s.parameters + self.resident + flows, self.reading
+        states = FLOAT * s.hidden * taught
+        spilled = states if states > self.machine.room / 4 else 0.0  # to a file
+        held, reading = memory.RECOVERY * s.parameters + self.resident + states - spilled, self.reading
         if not whole:
             tuned += tokens * 2 * self.token  # every layer once more
             gains = 12 * s.weights / self.settings["units"]["chunk"]
             layers = FLOAT * s.outside + self.resident + 8 * s.layer + 10 * self.inside(window)
-            held = layers + gains + flows + FLOAT * s.hidden * s.layers * window
+            held = layers + gains + states - spilled + FLOAT * s.hidden * s.layers * window
             reading += (2 * steps + 2) * self.decoding
         measured = self.held_out * (2 * self.token + 4 * self.head)
         rounded, beside = self.rounding()
         seconds = (tuned + rounded + measured) / m.fast + reading
-        return self.need(seconds, max(held + logits, beside), self.checkpoint, not whole)
+        return self.need(seconds, max(held + logits, beside), self.checkpoint + spilled, not whole)
 
     def rounding(self) -> tuple[float, float]:
         """Operations and bytes of learned rounding: hidden states of both models, a layer of each and of its steps."""

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from windquant import compute, decoder, streaming
+from windquant import compute, decoder, presets, streaming
 from windquant.flow import Flow
 
 BATCH = 4  # windows at a time
-SLICE = 128  # positions whose logits are in memory
 
 
 def slices(length: int) -> Iterator[slice]:
-    for start in range(0, length, SLICE):
-        yield slice(start, min(start + SLICE, length))
+    """The positions of a window, some at a time."""
+    for start in range(0, length, presets.DIVERGENCE_SLICE):
+        yield slice(start, min(start + presets.DIVERGENCE_SLICE, length))
 
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
