@@ -1,6 +1,8 @@
 """How much memory a step may count on."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,29 @@ def test_a_limit_of_the_user_counts_where_it_is_less(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(memory.LIMIT, "16GB")
     with pytest.raises(WindquantError, match=r"WINDQUANT_MEMORY=16GB: not a number of GiB"):
         memory.total()
+
+
+KEEPING = """
+import sys, psutil, numpy as np
+from windquant import memory
+if sys.argv[1] == "keep" and not memory.keep_freed():
+    sys.exit(77)
+np.ones(1000)
+before = psutil.Process().memory_info().rss
+np.ones(int(sys.argv[2]) // 8)  # and freed
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.parametrize(("mode", "size", "stays"), [("keep", 90, True), ("keep", 300, False), ("leave", 90, False)])
+def test_freed_blocks_are_kept_if_they_are_not_large(mode: str, size: int, stays: bool) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", KEEPING, mode, str(size << 20)], capture_output=True, text=True, check=False
+    )
+    if ran.returncode == 77:
+        pytest.skip("a C library without these settings")
+    assert ran.returncode == 0, ran.stderr
+    assert (int(ran.stdout) > (size << 20) / 2) == stays
 
 
 def test_the_smallest_limit_of_the_control_groups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ SHARE of the memory, and go decoder layer by decoder layer elsewhere (streaming.
 has, not how much is free just now, so that a machine does the same every time, and the estimate can tell beforehand.
 """
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ REST = 2 * GIB  # activations, logits, the process itself
 SEARCH = 2  # times the computing type's: weights and noise
 RECOVERY = 12  # the student decoded, in slots, and scaled, which its gradients need
 
+#: Of mallopt (malloc.h): from how many bytes on a block is the system's own (M_MMAP_THRESHOLD), how many freed ones at
+#: the heap's end go back (M_TRIM_THRESHOLD), and how many it grows by (M_TOP_PAD).
+KEPT = {-3: 100 << 20, -1: 512 << 20, -2: 64 << 20}
 
 #: Beside a control group's limit stands what is used of it.
 USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
@@ -65,6 +69,16 @@ def free() -> int:
         except (OSError, ValueError):  # no such limit, or "max"
             continue
     return found
+
+
+def keep_freed() -> bool:
+    """Have glibc keep freed blocks for the next ones; False where the C library is another one.
+
+    By itself it hands tensors of more than a few MiB back to the system, which clears their pages when they are asked
+    for again: a tenth of a pass over a model. Large blocks still come and go, so that they leave no holes.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    return tune is not None and all(tune(option, size) for option, size in KEPT.items())
 
 
 def _control_groups() -> list[Path]:

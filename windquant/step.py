@@ -30,7 +30,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from windquant import atomic, dependencies, exclusive, integrity, manifest, settings as settings_module, tracking
+from windquant import (
+    atomic,
+    dependencies,
+    exclusive,
+    integrity,
+    manifest,
+    memory,
+    settings as settings_module,
+    tracking,
+)
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.task import Task as Task  # steps know it by this module's name
@@ -146,6 +155,8 @@ def _run(
     def key() -> str:
         return cache_key(step, plain, arguments.seed, digests, code_digest(run))
 
+    if not light:
+        memory.keep_freed()
     if arguments.threads and not light:
         import torch
 
