@@ -15,16 +15,16 @@ from windquant.shape import Shape
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
 EMBEDDED = configuration.resolve(configuration.load(ROOT / "config" / "config.yaml"), SCHEMA, "smollm2-135m")
-#: Seconds of the main job on two quiet cores (docs/results.md).
+#: Seconds of the main job on two quiet cores of a Xeon without AMX (docs/results.md).
 MEASURED = {
-    "statistics": 63,
-    "bank": 3,
-    "search": 50,
-    "allocation": 97,
-    "quantize": 98,
-    "recovery": 123,
-    "perplexity": 19,
-    "zero_shot": 21,
+    "statistics": 47,
+    "bank": 6,
+    "search": 103,
+    "allocation": 163,
+    "quantize": 191,
+    "recovery": 302,
+    "perplexity": 31,
+    "zero_shot": 47,
 }
 LLAMA_70B = {
     "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
@@ -55,7 +55,7 @@ def test_a_70b_model_is_counted_without_its_weights() -> None:
 
 @pytest.mark.parametrize("step", MEASURED)
 def test_the_embedded_models_times_are_near_what_was_measured(step: str) -> None:
-    found = cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2, fast_bfloat16=True))[step]
+    found = cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2, fast_bfloat16=False))[step]
     assert 1 / 1.5 < found.seconds / MEASURED[step] < 1.5
 
 
@@ -66,7 +66,7 @@ def test_without_fast_bfloat16_steps_take_longer_and_plans_more_memory() -> None
     for step in ("statistics", "search", "allocation", "recovery"):
         assert without[step].seconds > 1.3 * with_it[step].seconds, step
     assert without["search"].memory > 1.3 * with_it["search"].memory
-    assert without["perplexity"] == with_it["perplexity"]
+    assert without["perplexity"].memory == with_it["perplexity"].memory
 
 
 def on(room: float) -> cost.Machine:

@@ -36,7 +36,8 @@ class Machine:
 
 
 def cpu(cores: int, fast_bfloat16: bool | None = None) -> Machine:
-    """Measured on two cores of an EPYC (docs/performance.md), in proportion to the cores.
+    """Measured on two cores of an EPYC or, without fast BF16 products, of a Xeon at 2.3 GHz (docs/performance.md), in
+    proportion to the cores.
 
     fast_bfloat16: whether its BF16 products are faster than FP32 ones; none: as this machine's.
     """
@@ -45,8 +46,8 @@ def cpu(cores: int, fast_bfloat16: bool | None = None) -> Machine:
         fast_bfloat16 = processor.this().fast_bfloat16
     return Machine(
         name=f"{cores} cores",
-        products=280e9 * share,
-        fast=(720e9 if fast_bfloat16 else 280e9) * share,
+        products=(280e9 if fast_bfloat16 else 215e9) * share,
+        fast=(720e9 if fast_bfloat16 else 215e9) * share,
         solves=60e9 * share,
         search=4.5e6 * share,
         decode=60e6 * share,
@@ -245,7 +246,8 @@ class Costs:
         tuned = tokens * (5.5 * self.token + 4 * self.head) + taught * self.token
         states = FLOAT * s.hidden * taught
         spilled = states if states > self.machine.room / 4 else 0.0  # to a file
-        held, reading = memory.RECOVERY * s.parameters + self.resident + states - spilled, self.reading
+        held = memory.RECOVERY * s.parameters + s.layers * self.inside(window) + self.resident + states - spilled
+        reading = self.reading
         if not whole:
             tuned += tokens * 2 * self.token  # every layer once more
             gains = 12 * s.weights / self.settings["units"]["chunk"]

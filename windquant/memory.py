@@ -19,7 +19,7 @@ REST = 2 * GIB  # activations, logits, the process itself
 
 # Bytes a parameter of what a step holds of a whole model.
 SEARCH = 2  # times the computing type's: weights and noise
-RECOVERY = 12  # the student decoded, in slots, and scaled, which its gradients need
+RECOVERY = 14  # the student decoded, in slots, and scaled, which its gradients need; those of a layer
 
 #: Of mallopt (malloc.h): from how many bytes on a block is the system's own (M_MMAP_THRESHOLD), how many freed ones at
 #: the heap's end go back (M_TRIM_THRESHOLD), and how many it grows by (M_TOP_PAD).
