@@ -16,7 +16,7 @@ from windquant.original import Original
 def test_gradients_in_slices_are_those_of_the_whole(
     size: int, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presets, "DIVERGENCE_SLICE", size)
+    monkeypatch.setattr(presets, "DIVERGENCE_LOGITS", size * 320)
     teacher, student = family("llama"), family("llama", 1)
     teacher.save_pretrained(tmp_path / "teacher")
     windows = own_text(teacher, 5, 21)
@@ -44,7 +44,7 @@ def test_gradients_in_slices_are_those_of_the_whole(
 
 @pytest.mark.parametrize("size", [4, 21, 128])
 def test_divergence_of_held_out_windows(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "DIVERGENCE_SLICE", size)
+    monkeypatch.setattr(presets, "DIVERGENCE_LOGITS", size * 320)
     teacher, student = family("llama"), family("llama", 1)
     teacher.save_pretrained(tmp_path / "teacher")
     windows = own_text(teacher, 5, 21)

@@ -238,7 +238,7 @@ class Costs:
         s, m, settings = self.shape, self.machine, self.settings["recovery"]
         window = self.settings["calibration"]["recovery_length"]
         steps = presets.recovery_steps(settings["preset"], settings["steps"])
-        tokens, logits = steps * window, 11 * FLOAT * presets.DIVERGENCE_SLICE * s.vocabulary
+        tokens, logits = steps * window, 11 * FLOAT * presets.DIVERGENCE_LOGITS
         whole = settings["scope"] == "model" or (
             settings["scope"] == "auto" and self.fits(memory.RECOVERY * s.parameters)
         )

@@ -8,10 +8,12 @@ positions at a time, in the processor's cache.
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from windquant import compute, decoder, presets, streaming
 from windquant.flow import Flow
@@ -19,10 +21,12 @@ from windquant.flow import Flow
 BATCH = 4  # windows at a time
 
 
-def slices(length: int) -> Iterator[slice]:
-    """The positions of a window, some at a time."""
-    for start in range(0, length, presets.DIVERGENCE_SLICE):
-        yield slice(start, min(start + presets.DIVERGENCE_SLICE, length))
+def slices(model: nn.Module, length: int) -> Iterator[slice]:
+    """The positions of a window, as many at a time as `presets.DIVERGENCE_LOGITS` allows the model's vocabulary."""
+    words = cast(PreTrainedModel, model).get_input_embeddings().weight.shape[0]
+    size = max(1, presets.DIVERGENCE_LOGITS // words)
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
 
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ def divergence_of(student: nn.Module, found: Flow, teacher: nn.Module, exact: Fl
     for part, mine, theirs in zip(ids.split(found.batch), found.batches(), exact.batches(), strict=True):
         part = part.to(mine.device)
         for window in range(len(part)):
-            for some in slices(ids.shape[1]):
+            for some in slices(teacher, ids.shape[1]):
                 place = (slice(window, window + 1), some)
                 with compute.autocast():
                     logits = (

@@ -42,7 +42,7 @@ class Original:
         ids = self.windows[place][None].to(self.device)
         exact = self.exact.states.get(place, self.device)
         total, gradient = torch.zeros((), device=self.device), torch.empty_like(hidden)
-        for part in slices(ids.shape[1]):
+        for part in slices(self.model, ids.shape[1]):
             given = hidden[:, part].detach().requires_grad_(True)
             with compute.autocast():
                 with torch.no_grad():
