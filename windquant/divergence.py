@@ -23,8 +23,8 @@ BATCH = 4  # windows at a time
 
 def slices(model: nn.Module, length: int) -> Iterator[slice]:
     """The positions of a window, as many at a time as `presets.DIVERGENCE_LOGITS` allows the model's vocabulary."""
-    words = cast(PreTrainedModel, model).get_input_embeddings().weight.shape[0]
-    size = max(1, presets.DIVERGENCE_LOGITS // words)
+    embeddings = cast(nn.Embedding, cast(PreTrainedModel, model).get_input_embeddings())
+    size = max(1, presets.DIVERGENCE_LOGITS // len(embeddings.weight))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
