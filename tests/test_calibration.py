@@ -3,11 +3,13 @@
 import bz2
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from windquant import calibration, models, sources, step
 from windquant.articles import Article
@@ -94,6 +96,24 @@ def test_same_seed_same_bytes_and_the_same_test_text_for_every_seed(
     assert not torch.equal(other.calibration, first.calibration)
     assert not torch.equal(other.recovery, first.recovery)
     assert (other.folder / "cloze.jsonl").read_bytes() == (made / "cloze.jsonl").read_bytes()
+
+
+def test_windows_begin_as_texts_do(made: Path, tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Where the tokenizer puts a token before a text, every window begins with it, and no other token changes."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    tokenizer = models.load_tokenizer(folder)
+    assert calibration.beginning_token(tokenizer) is None
+    template = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(folder)
+    begun = calibration.load(make(folder, tmp_path / "begun", "--source", "file", "--path", str(text_file)))
+    plain = calibration.load(made)
+    for name in ("calibration", "reward", "recovery", "test"):
+        windows = getattr(begun, name)
+        assert (windows[:, 0] == 0).all()
+        assert (windows[:, 1:] > 0).all()
+        assert torch.equal(windows[:, 1:], getattr(plain, name)[:, 1:])
 
 
 def test_recovery_takes_as_many_windows_as_there_are(

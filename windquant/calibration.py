@@ -85,6 +85,7 @@ def load(folder: Path) -> Calibration:
 
 def run(task: step.Task, settings: Settings) -> None:
     tokenizer = models.load_tokenizer(task.inputs["model"])
+    first = beginning_token(tokenizer)
     splits = split_texts(settings)
     tokens: dict[str, Tensor] = {}
     info: dict[str, Any] = {"source": texts.origin(settings), "test_name": splits.test_name, "splits": {}}
@@ -97,12 +98,13 @@ def run(task: step.Task, settings: Settings) -> None:
             windows, used, available = beginnings(tokenizer, documents, count, length)
         else:
             stream, used = encode(tokenizer, documents, OVERSAMPLING * count * length)
-            windows, available = draw(stream, count, length, chance), len(stream)
+            windows, available = begun(draw(stream, count, length, chance), first), len(stream)
         least = 1 if name == "recovery" else count  # recovery begins again after its last window
         _require(name, f"{prefix}samples", windows, least, length, available, info["source"]["training"])
         tokens[name], info["splits"][name] = windows, _describe(windows, used, available)
     stream, used = encode(tokenizer, splits.documents["test"])
-    tokens["test"] = stream[: len(stream) // settings.context * settings.context].view(-1, settings.context)
+    test = stream[: len(stream) // settings.context * settings.context].view(-1, settings.context)
+    tokens["test"] = begun(test, first)
     _require("test", "context", tokens["test"], 1, settings.context, len(stream), info["source"]["test"])
     info["splits"]["test"] = _describe(tokens["test"], used, len(stream))
 
@@ -174,22 +176,37 @@ def deal(documents: Sequence[Article], shares: Mapping[str, float]) -> dict[str,
 def encode(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Article], enough: int | None = None
 ) -> tuple[Tensor, list[str]]:
-    """Tokens int32 [t] of the documents, one after the other, and their titles; stops when there are `enough`.
-
-    Documents are separated by what the tokenizer puts around a text (BOS, EOS), or else by a blank line.
-    """
-    end = "" if tokenizer("").input_ids else "\n\n"
+    """Tokens int32 [t] of the documents, a blank line after each, and their titles; stops when there are `enough`."""
     parts: list[Tensor] = []
     titles: list[str] = []
     total = 0
     for document in documents:
         if enough is not None and total >= enough:
             break
-        part = torch.tensor(tokenizer(document.text + end).input_ids, dtype=torch.int32)
+        ids = tokenizer(f"{document.text}\n\n", add_special_tokens=False).input_ids
+        part = torch.tensor(ids, dtype=torch.int32)
         parts.append(part)
         titles.append(document.title)
         total += len(part)
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32), titles
+
+
+def beginning_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer puts before every text (BOS); None where it puts none."""
+    return next((token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id), None)
+
+
+def begun(windows: Tensor, first: int | None) -> Tensor:
+    """`windows` [n, length] that begin as a text does: `first`, if there is one, takes the place of their first token.
+
+    Some models are lost without it: gemma3-270m's perplexity is a fifth lower with it. What is predicted is the same,
+    as the first token of a window never is (llama.cpp's perplexity does likewise).
+    """
+    if first is None:
+        return windows
+    windows = windows.clone()
+    windows[:, 0] = first
+    return windows
 
 
 def draw(stream: Tensor, count: int, length: int, chance: random.Random) -> Tensor:
