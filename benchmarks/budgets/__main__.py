@@ -5,23 +5,30 @@
     python -m benchmarks.budgets --kind alone --budgets 2.0 --output alone2.json
     python -m benchmarks.budgets --show shared.json alone.json            # the table
     python -m benchmarks.budgets --kind transferred --model gemma3-270m --policy SEARCH.safetensors
+    python -m benchmarks.budgets --change cold --output cold.json         # a search as an ablation of the configuration
 
 Kinds: `shared` (one search), `alone`, `layer` (one search that decides layer by layer), `evolution` (per budget),
 `transferred` (another model's policy as it is), `started` (one search that begins with another model's policy). The
 plans are those of the allocators themselves, before any comparison with the Lagrangian plan, whose losses stand beside.
 Losses are those of the stand-in (`windquant/measure.py`): under the noise that the search saw, and under another draw.
-It reads what the workflow has left in data/ and resources/ of a model.
+It reads what the workflow has left in data/ and resources/ of a model. Losses once measured are kept in `--known`, as
+most of the time goes into them.
 """
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from windquant import atomic
 from windquant.allocation import evolution, lagrangian, layers, ppo
 from windquant.allocation.budget import Choice
 from windquant.allocation.learned import Learned
@@ -34,14 +41,46 @@ BUDGETS = (1.75, 2.0, 2.25, 2.5, 3.0, 4.0)
 RANGE = (1.5, 4.0)
 
 
+class Meter:
+    """Measured losses under one draw of noise; the model is read once a loss is asked for that is not known."""
+
+    def __init__(self, options: argparse.Namespace, bank: Bank, seed: int) -> None:
+        data, name = options.root / "data", options.model
+        model, texts = options.root / "resources" / "models" / name, data / "calibration" / name
+        self.inputs = model, texts, data / "statistics" / f"{name}.safetensors", bank
+        self.seed, self.path, self.measured = seed, options.known, set[str]()
+        self.known: dict[str, float] = json.loads(self.path.read_text()) if self.path and self.path.exists() else {}
+
+    def __call__(self, choice: Choice) -> float:
+        key = hashlib.sha256(f"{self.inputs[-1].sha256} {self.seed}".encode() + choice.tobytes()).hexdigest()
+        self.measured.add(key)
+        if key not in self.known:
+            self.known[key] = self.losses.loss_gap(choice)
+            if self.path:
+                others = json.loads(self.path.read_text()) if self.path.exists() else {}
+                atomic.write_text(self.path, json.dumps(others | self.known))
+        return self.known[key]
+
+    @functools.cached_property
+    def losses(self) -> LossMeter:
+        return LossMeter(*self.inputs, seed=self.seed)
+
+
+def changed(options: argparse.Namespace) -> dict[str, Any]:
+    """What `--change` of the configuration's ablations says about the search."""
+    if not options.change:
+        return {}
+    config = yaml.safe_load((options.root / "config" / "config.yaml").read_text())
+    changes = {name: change for ablation in config["ablations"].values() for name, change in ablation.items()}
+    settings: dict[str, Any] = {key: value for key, value in changes[options.change]["search"].items()}
+    settings.pop("confirm", None)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
 def searched(bank: Bank, options: argparse.Namespace, targets: tuple[float, ...], measure: Measure) -> Learned:
     by_layer = options.kind == "layer"
-    settings = SearchSettings(
-        targets=targets,
-        evaluations=options.evaluations,
-        episodes=options.episodes,
-        per="layer" if by_layer else "chunk",
-    )
+    settings = SearchSettings(targets=targets, evaluations=options.evaluations, per="layer" if by_layer else "chunk")
+    settings = dataclasses.replace(settings, **changed(options))
     subject = layers.merged(bank) if by_layer else bank
     start = Learned.load(options.policy) if options.policy else None
     if start:
@@ -75,41 +114,28 @@ def plans(bank: Bank, options: argparse.Namespace, measure: Measure) -> dict[flo
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    data, name = options.root / "data", options.model
-    bank = Bank.load(data / "bank" / f"{name}.safetensors")
-    inputs = (
-        options.root / "resources" / "models" / name,
-        data / "calibration" / name,
-        data / "statistics" / f"{name}.safetensors",
-        bank,
-    )
-    seen, other = LossMeter(*inputs), LossMeter(*inputs, seed=options.seed + 1)
-    known: dict[bytes, float] = {}  # several searches measure the same Lagrangian plans
-
-    def measure(choice: Choice) -> float:
-        if (key := choice.tobytes()) not in known:
-            known[key] = seen.loss_gap(choice)
-        return known[key]
-
+    bank = Bank.load(options.root / "data" / "bank" / f"{options.model}.safetensors")
+    seen, other = Meter(options, bank, 0), Meter(options, bank, options.seed + 1)
     torch.manual_seed(options.seed)
     start = time.monotonic()
-    made = plans(bank, options, measure)
-    seconds, count = time.monotonic() - start, len(known)
+    made = plans(bank, options, seen)
+    seconds, count = time.monotonic() - start, len(seen.measured)
     rows = []
     for bits, choice in made.items():
         baseline = lagrangian.allocate(bank, bits)
         values = {
-            kind: {"predicted": bank.predicted_loss(plan), "seen": measure(plan), "other": other.loss_gap(plan)}
+            kind: {"predicted": bank.predicted_loss(plan), "seen": seen(plan), "other": other(plan)}
             for kind, plan in (("plan", choice), ("lagrangian", baseline))
         }
         rows.append({"target": bits, "bits": bank.effective_bits(choice), **values})
-    kept = ("kind", "model", "seed", "evaluations", "episodes")
+    kept = ("kind", "change", "model", "seed", "evaluations")
     return {name: getattr(options, name) for name in kept} | {"seconds": seconds, "measured": count, "rows": rows}
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """Losses relative to those of the Lagrangian plan of the same budget."""
-    head = "| target | " + " | ".join(f"{e['kind']}, seed {e['seed']}, {e['measured']} measured" for e in found) + " |"
+    titles = [f"{e['change'] or e['kind']}, seed {e['seed']}, {e['measured']} measured" for e in found]
+    head = f"| target | {' | '.join(titles)} |"
     lines = [head, "|---" * (len(found) + 1) + "|"]
     rows = [{row["target"]: row for row in entry["rows"]} for entry in found]
     for target in sorted({target for some in rows for target in some}):
@@ -121,6 +147,14 @@ def table(found: list[dict[str, Any]]) -> str:
             change = [f"{row['plan'][k] / row['lagrangian'][k] - 1:+.1%}" for k in ("predicted", "seen", "other")]
             cells.append(f"{row['plan']['seen']:.4f} ({', '.join(change)})")
         lines.append(f"| {target:g} | {' | '.join(cells)} |")
+    means = []
+    for some in rows:
+        ratios = {
+            k: [math.log(row["plan"][k] / row["lagrangian"][k]) for row in some.values()]
+            for k in ("predicted", "seen", "other")
+        }
+        means.append(", ".join(f"{math.expm1(sum(values) / len(values)):+.1%}" for values in ratios.values()))
+    lines.append(f"| mean | {' | '.join(means)} |")
     return "\n".join([*lines, "", "In brackets, against the Lagrangian plan: predicted, measured, other noise."])
 
 
@@ -134,7 +168,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, metavar="BITS")
     parser.add_argument("--evaluations", type=int, default=16)
-    parser.add_argument("--episodes", type=int, default=128)
+    parser.add_argument("--change", default="", help="of an ablation in config/config.yaml; kind shared")
+    parser.add_argument("--known", type=Path, help="JSON file of measured losses")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="a table of what was measured before")
