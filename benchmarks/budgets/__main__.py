@@ -3,7 +3,7 @@
     python -m benchmarks.budgets --kind shared --output shared.json       # 4 minutes on two cores
     python -m benchmarks.budgets --kind alone --output alone.json         # a search per budget: 10 minutes
     python -m benchmarks.budgets --kind alone --budgets 2.0 --output alone2.json
-    python -m benchmarks.budgets --show shared.json alone.json            # the table
+    python -m benchmarks.budgets.table shared.json alone.json
     python -m benchmarks.budgets --kind transferred --model gemma3-270m --policy SEARCH.safetensors
     python -m benchmarks.budgets --change cold --output cold.json         # a search as an ablation of the configuration
 
@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.budgets.table import table
 from windquant import atomic
 from windquant.allocation import evolution, lagrangian, layers, ppo
 from windquant.allocation.budget import Choice
@@ -132,32 +132,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in kept} | {"seconds": seconds, "measured": count, "rows": rows}
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Losses relative to those of the Lagrangian plan of the same budget."""
-    titles = [f"{e['change'] or e['kind']}, seed {e['seed']}, {e['measured']} measured" for e in found]
-    head = f"| target | {' | '.join(titles)} |"
-    lines = [head, "|---" * (len(found) + 1) + "|"]
-    rows = [{row["target"]: row for row in entry["rows"]} for entry in found]
-    for target in sorted({target for some in rows for target in some}):
-        cells = []
-        for some in rows:
-            if (row := some.get(target)) is None:
-                cells.append("")
-                continue
-            change = [f"{row['plan'][k] / row['lagrangian'][k] - 1:+.1%}" for k in ("predicted", "seen", "other")]
-            cells.append(f"{row['plan']['seen']:.4f} ({', '.join(change)})")
-        lines.append(f"| {target:g} | {' | '.join(cells)} |")
-    means = []
-    for some in rows:
-        ratios = {
-            k: [math.log(row["plan"][k] / row["lagrangian"][k]) for row in some.values()]
-            for k in ("predicted", "seen", "other")
-        }
-        means.append(", ".join(f"{math.expm1(sum(values) / len(values)):+.1%}" for values in ratios.values()))
-    lines.append(f"| mean | {' | '.join(means)} |")
-    return "\n".join([*lines, "", "In brackets, against the Lagrangian plan: predicted, measured, other noise."])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     kinds = ("shared", "alone", "layer", "evolution", "transferred", "started")
@@ -172,11 +146,7 @@ def main() -> None:
     parser.add_argument("--known", type=Path, help="JSON file of measured losses")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="a table of what was measured before")
     options = parser.parse_args()
-    if options.show:
-        print(table([json.loads(path.read_text()) for path in options.show]))
-        return
     if (options.kind in ("transferred", "started")) != (options.policy is not None):
         parser.error("--policy goes with --kind transferred or started")
     torch.set_num_threads(options.threads)
