@@ -50,7 +50,7 @@ def table(entries: Sequence[Entry]) -> str:
 
 
 def figure(entries: Sequence[Entry]) -> "Figure":
-    """Plans against the Lagrangian ones under noise that no search saw: a dot for every budget, a bar for their mean."""
+    """Plans against the Lagrangian ones under noise that no search saw: dots for the budgets, a bar for their mean."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
