@@ -70,6 +70,10 @@ def figure(entries: Sequence[Entry]) -> "Figure":
     for place, entry in enumerate(entries):
         axis.plot([100 * mean(entry, "other")] * 2, [place - 0.35, place + 0.35], color="black", linewidth=2)
     axis.axvline(0, color="grey", linestyle="--", linewidth=1)
+    axis.set_xscale("symlog", linthresh=5)  # most are within a few percent, some far beyond
+    ticks = [-20, -10, -5, -2, 0, 2, 5, 10, 20, 50, 100]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.set_yticks(range(len(entries)), [title(entry) for entry in entries])
     axis.invert_yaxis()
     axis.set_xlabel("loss against the Lagrangian plan's, percent (stand-in, unseen noise)")
