@@ -72,9 +72,8 @@ def changed(options: argparse.Namespace) -> dict[str, Any]:
         return {}
     config = yaml.safe_load((options.root / "config" / "config.yaml").read_text())
     changes = {name: change for ablation in config["ablations"].values() for name, change in ablation.items()}
-    settings: dict[str, Any] = {key: value for key, value in changes[options.change]["search"].items()}
-    settings.pop("confirm", None)
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    settings = changes[options.change]["search"].items()
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings if key != "confirm"}
 
 
 def searched(bank: Bank, options: argparse.Namespace, targets: tuple[float, ...], measure: Measure) -> Learned:
