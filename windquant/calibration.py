@@ -98,13 +98,12 @@ def run(task: step.Task, settings: Settings) -> None:
             windows, used, available = beginnings(tokenizer, documents, count, length)
         else:
             stream, used = encode(tokenizer, documents, OVERSAMPLING * count * length)
-            windows, available = begun(draw(stream, count, length, chance), first), len(stream)
+            windows, available = draw(cut(stream, length, first), count, chance), len(stream)
         least = 1 if name == "recovery" else count  # recovery begins again after its last window
         _require(name, f"{prefix}samples", windows, least, length, available, info["source"]["training"])
         tokens[name], info["splits"][name] = windows, _describe(windows, used, available)
     stream, used = encode(tokenizer, splits.documents["test"])
-    test = stream[: len(stream) // settings.context * settings.context].view(-1, settings.context)
-    tokens["test"] = begun(test, first)
+    tokens["test"] = cut(stream, settings.context, first)
     _require("test", "context", tokens["test"], 1, settings.context, len(stream), info["source"]["test"])
     info["splits"]["test"] = _describe(tokens["test"], used, len(stream))
 
@@ -193,25 +192,24 @@ def encode(
 
 def beginning_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the tokenizer puts before every text (BOS); None where it puts none."""
-    return next((token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id), None)
+    ids = tokenizer("").input_ids
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
-def begun(windows: Tensor, first: int | None) -> Tensor:
-    """`windows` [n, length] that begin as a text does: `first`, if there is one, takes the place of their first token.
+def cut(stream: Tensor, length: int, first: int | None) -> Tensor:
+    """The disjoint windows [n, length] of a token stream [t]; `first` takes the place of the first token of each.
 
-    Some models are lost without it: gemma3-270m's perplexity is a fifth lower with it. What is predicted is the same,
-    as the first token of a window never is (llama.cpp's perplexity does likewise).
+    Some models are lost where a text does not begin as it should: gemma3-270m. What is predicted is the same, as the
+    first token of a window never is (llama.cpp's perplexity does likewise).
     """
-    if first is None:
-        return windows
-    windows = windows.clone()
-    windows[:, 0] = first
+    windows = stream[: len(stream) // length * length].view(-1, length).clone()
+    if first is not None:
+        windows[:, 0] = first
     return windows
 
 
-def draw(stream: Tensor, count: int, length: int, chance: random.Random) -> Tensor:
-    """Up to `count` of the disjoint windows of a token stream [t], in random order: int32 [count, length]."""
-    windows = stream[: len(stream) // length * length].view(-1, length)
+def draw(windows: Tensor, count: int, chance: random.Random) -> Tensor:
+    """Up to `count` of the windows [n, length], in random order."""
     return windows[chance.sample(range(len(windows)), min(count, len(windows)))]
 
 

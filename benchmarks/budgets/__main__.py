@@ -25,40 +25,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.budgets.table import table
-from windquant import atomic
+from windquant import atomic, configuration
 from windquant.allocation import evolution, lagrangian, layers, ppo
 from windquant.allocation.budget import Choice
 from windquant.allocation.learned import Learned
-from windquant.allocation.settings import MeasureSettings, SearchSettings
+from windquant.allocation.settings import SearchSettings
 from windquant.allocation.trials import Measure
 from windquant.bank import Bank
 from windquant.measure import LossMeter
+from windquant.settings import from_mapping
 
 BUDGETS = (1.75, 2.0, 2.25, 2.5, 3.0, 4.0)
-RANGE = (1.5, 4.0)
 
 
 class Meter:
     """Measured losses under one draw of noise; the model is read once a loss is asked for that is not known."""
 
-    def __init__(self, options: argparse.Namespace, bank: Bank, seed: int) -> None:
+    def __init__(self, options: argparse.Namespace, bank: Bank, seed: int, known: dict[str, float]) -> None:
         data, name = options.root / "data", options.model
         model, texts = options.root / "resources" / "models" / name, data / "calibration" / name
         self.inputs = model, texts, data / "statistics" / f"{name}.safetensors", bank
-        self.seed, self.path, self.measured = seed, options.known, set[str]()
-        self.known: dict[str, float] = json.loads(self.path.read_text()) if self.path and self.path.exists() else {}
+        self.bank, self.seed, self.known, self.path = bank, seed, known, options.known
+        self.asked: set[str] = set()
 
     def __call__(self, choice: Choice) -> float:
-        key = hashlib.sha256(f"{self.inputs[-1].sha256} {self.seed}".encode() + choice.tobytes()).hexdigest()
-        self.measured.add(key)
+        key = hashlib.sha256(f"{self.bank.sha256} {self.seed}".encode() + choice.tobytes()).hexdigest()
+        self.asked.add(key)
         if key not in self.known:
             self.known[key] = self.losses.loss_gap(choice)
             if self.path:
-                others = json.loads(self.path.read_text()) if self.path.exists() else {}
-                atomic.write_text(self.path, json.dumps(others | self.known))
+                atomic.write_text(self.path, json.dumps(self.known))
         return self.known[key]
 
     @functools.cached_property
@@ -66,20 +64,22 @@ class Meter:
         return LossMeter(*self.inputs, seed=self.seed)
 
 
-def changed(options: argparse.Namespace) -> dict[str, Any]:
-    """What `--change` of the configuration's ablations says about the search."""
-    if not options.change:
-        return {}
-    config = yaml.safe_load((options.root / "config" / "config.yaml").read_text())
-    changes = {name: change for ablation in config["ablations"].values() for name, change in ablation.items()}
-    settings = changes[options.change]["search"].items()
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings if key != "confirm"}
+def configured(options: argparse.Namespace) -> SearchSettings:
+    """The settings of the search that the workflow would make for this model."""
+    schema = configuration.load(options.root / "workflow" / "schemas" / "config.schema.yaml")
+    config = configuration.validate(configuration.load(options.root / "config" / "config.yaml"), schema)
+    resolved = configuration.resolve(config, schema, options.model)
+    if options.change:
+        known = configuration.changes(config, schema, options.model)
+        resolved = configuration.changed(resolved, known[configuration.variant(f"ppo-{options.change}", known).change])
+    found = from_mapping(SearchSettings, configuration.step_settings(resolved, "search"), "search")
+    if options.evaluations is not None:
+        found = dataclasses.replace(found, evaluations=options.evaluations)
+    return dataclasses.replace(found, per="layer" if options.kind == "layer" else "chunk")
 
 
-def searched(bank: Bank, options: argparse.Namespace, targets: tuple[float, ...], measure: Measure) -> Learned:
-    by_layer = options.kind == "layer"
-    settings = SearchSettings(targets=targets, evaluations=options.evaluations, per="layer" if by_layer else "chunk")
-    settings = dataclasses.replace(settings, **changed(options))
+def searched(bank: Bank, options: argparse.Namespace, settings: SearchSettings, measure: Measure) -> Learned:
+    by_layer = settings.per == "layer"
     subject = layers.merged(bank) if by_layer else bank
     start = Learned.load(options.policy) if options.policy else None
     if start:
@@ -94,8 +94,8 @@ def searched(bank: Bank, options: argparse.Namespace, targets: tuple[float, ...]
 
 def plans(bank: Bank, options: argparse.Namespace, measure: Measure) -> dict[float, Choice]:
     """The plan of every budget."""
+    settings = configured(options)
     if options.kind == "evolution":
-        settings = MeasureSettings(evaluations=options.evaluations)
         return {
             bits: min(
                 evolution.search(bank, bits, options.seed, settings, measure), key=lambda trial: trial.loss
@@ -103,22 +103,24 @@ def plans(bank: Bank, options: argparse.Namespace, measure: Measure) -> dict[flo
             for bits in options.budgets
         }
     if options.kind == "alone":
-        return {bits: searched(bank, options, (bits,), measure).plan(bank, bits) for bits in options.budgets}
+        single = {bits: dataclasses.replace(settings, targets=(bits,)) for bits in options.budgets}
+        return {bits: searched(bank, options, single[bits], measure).plan(bank, bits) for bits in options.budgets}
     if options.kind == "transferred":
         found = Learned.load(options.policy)
         found.check(bank, transfer=True)
     else:
-        found = searched(bank, options, RANGE, measure)
+        found = searched(bank, options, settings, measure)
     return {bits: found.plan(bank, bits) for bits in options.budgets}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     bank = Bank.load(options.root / "data" / "bank" / f"{options.model}.safetensors")
-    seen, other = Meter(options, bank, 0), Meter(options, bank, options.seed + 1)
+    known = json.loads(options.known.read_text()) if options.known and options.known.exists() else {}
+    seen, other = (Meter(options, bank, seed, known) for seed in (0, options.seed + 1))
     torch.manual_seed(options.seed)
     start = time.monotonic()
     made = plans(bank, options, seen)
-    seconds, count = time.monotonic() - start, len(seen.measured)
+    seconds, count = time.monotonic() - start, len(seen.asked)
     rows = []
     for bits, choice in made.items():
         baseline = lagrangian.allocate(bank, bits)
@@ -127,7 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for kind, plan in (("plan", choice), ("lagrangian", baseline))
         }
         rows.append({"target": bits, "bits": bank.effective_bits(choice), **values})
-    kept = ("kind", "change", "model", "seed", "evaluations")
+    kept = ("kind", "change", "model", "seed")
     return {name: getattr(options, name) for name in kept} | {"seconds": seconds, "measured": count, "rows": rows}
 
 
@@ -136,12 +138,12 @@ def main() -> None:
     kinds = ("shared", "alone", "layer", "evolution", "transferred", "started")
     parser.add_argument("--kind", choices=kinds, default="shared")
     parser.add_argument("--policy", type=Path, help="of another model; kinds transferred and started")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder with data/ and resources/")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of the project")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, metavar="BITS")
-    parser.add_argument("--evaluations", type=int, default=16)
-    parser.add_argument("--change", default="", help="of an ablation in config/config.yaml; kind shared")
+    parser.add_argument("--evaluations", type=int, help="instead of the configuration's")
+    parser.add_argument("--change", default="", help="of the configuration's ablations; kind shared")
     parser.add_argument("--known", type=Path, help="JSON file of measured losses")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
