@@ -1,4 +1,4 @@
-"""Decode a packed linear into a dense weight: tiles of codes, rotated back on the way by the tensor cores.
+"""Decode a packed linear into a dense weight: tiles of codes, rotated back on the way.
 
 Columns stay in column order, so that rows are written in one piece; the caller gathers weight or activations.
 """
@@ -31,14 +31,35 @@ from windquant.kernels.product import (
 
 
 @triton.jit
+def _unrotate(values, depth, factor, ROWS: tl.constexpr, SIDE: tl.constexpr, STAGES: tl.constexpr):
+    """`rotation.unrotate`: W' R^T, that is W, for W' [ROWS, SIDE]; the same sums in the same order.
+
+    A matrix product would need the whole rotation in shared memory, 256 KiB of it for 256 columns. Every stage of the
+    butterflies adds and subtracts neighbours and puts the sums before the differences, so that after STAGES =
+    log2(SIDE) of them all columns are back in their places. depth: int32 [SIDE], log2 of the Hadamard block of every
+    column: the stages that it takes part in.
+    """
+    HALF: tl.constexpr = SIDE // 2
+    for stage in tl.static_range(STAGES):
+        first, second = tl.split(tl.reshape(values, (ROWS, HALF, 2)))
+        depths, others = tl.split(tl.reshape(depth, (HALF, 2)))  # equal where the pair is of one block
+        pair = (depths > stage)[None, :]
+        joined = tl.join(tl.where(pair, first + second, first), tl.where(pair, first - second, second))
+        values = tl.reshape(tl.permute(joined, (0, 2, 1)), (ROWS, SIDE))
+        depth = tl.reshape(tl.permute(tl.join(depths, others), (1, 0)), (SIDE,))
+    return values * factor[None, :]
+
+
+@triton.jit
 def decode(
-    linear, units, actions, table, one, rotations, out, columns,
+    linear, units, actions, table, one, depths, factors, out, columns,
     PRESENT: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr, SIZE: tl.constexpr,
-    SIDE: tl.constexpr, GROUPS: tl.constexpr,
+    SIDE: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One unit and 16 GROUPS rows of the weight, out [rows, columns] in column order.
 
-    linear, units: as in product.py; actions: of every unit; rotations: as in `prepare`.
+    linear, units: as in product.py; actions: of every unit. depths: int32 and factors: float32 [2, SIDE], what
+    `_unrotate` takes, of a whole chunk and of the last one, padded with zeros. SIDE = 2^STAGES.
     """
     unit = tl.program_id(0)
     entry = units + unit * UNIT
@@ -77,11 +98,9 @@ def decode(
                     found *= decoding.chunk_scale(packed, share, grid, logs, group, rows, ALIGN)[:, None, :]
                 values = tl.reshape(tl.permute(found, (0, 2, 1)), (GROUP * GROUPS, SIDE))
                 if decoding.is_trellis(action):
-                    short = (width < SIZE).to(tl.int32)
-                    # W = W' R^T: column j of R^T is row j of R
-                    square = rotations + short * SIDE * SIDE + place[None, :] * SIDE + place[:, None]
-                    keep = tl.where(inside[None, :], values, 0.0)
-                    values = tl.dot(keep, tl.load(square), input_precision="tf32x3")
+                    which = (width < SIZE).to(tl.int32) * SIDE + place
+                    factor = tl.load(factors + which)
+                    values = _unrotate(values, tl.load(depths + which), factor, GROUP * GROUPS, SIDE, STAGES)
     flat = tl.reshape(row, (GROUP * GROUPS,))
     target = out + flat[:, None].to(tl.int64) * columns + tl.load(entry + COLUMN) + place[None, :]
     tl.store(target, values.to(out.dtype.element_ty), mask=(flat < rows)[:, None] & inside[None, :])

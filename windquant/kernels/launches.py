@@ -14,7 +14,7 @@ from torch import Tensor
 from windquant.kernels import decoding, dequantize, product
 from windquant.packed import Layout, code_bytes
 from windquant.quantizers import actions
-from windquant.quantizers.rotation import rotation
+from windquant.quantizers.rotation import blocks, rotation, unrotation
 from windquant.quantizers.trellis import TILE, table, tile_rows
 from windquant.storage import TERNARY, stream_bytes
 
@@ -26,7 +26,7 @@ BATCH: int = product.BATCH.value  # most activations of one launch
 WARPS = 16  # of a multiprocessor, in one wave: as many as 128 registers a thread allow
 REDUCED, DEPTH = 32, 64  # rows of a program of `reduce`, and splits at a time
 SMALLEST = 16  # columns of a part of a chunk
-DECODED = 8  # groups of a program of `decode`
+DECODED = 8192  # weights of a program of `decode`, where 16 rows have no more
 STEP = (32, 8)  # columns at a time: of several activations, of one
 
 
@@ -81,11 +81,26 @@ def state_values(window: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def rotations(whole: int, last: int, device: torch.device) -> Tensor:
     """Rotations of a whole and of the last chunk, float32 [2, n, n], padded with zeros to a power of two."""
-    side = max(16, triton.next_power_of_2(whole))
+    side = max(GROUP, triton.next_power_of_2(whole))
     result = torch.zeros(2, side, side)
     for square, width in zip(result, (whole, last), strict=True):
         square[:width, :width] = rotation(width)
     return result.to(device)
+
+
+@lru_cache(maxsize=16)
+def butterflies(whole: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """log2 of the Hadamard block of every column, int32, and what it is multiplied by once unrotated, float32.
+
+    Both [2, n], of a whole and of the last chunk, padded with zeros to a power of two.
+    """
+    side = max(GROUP, triton.next_power_of_2(whole))
+    depths, factors = torch.zeros(2, side, dtype=torch.int32), torch.zeros(2, side)
+    for depth, factor, width in zip(depths, factors, (whole, last), strict=True):
+        sizes = torch.tensor(blocks(width))
+        depth[:width] = sizes.log2().int().repeat_interleave(sizes)
+        factor[:width] = unrotation(width)
+    return depths.to(device), factors.to(device)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -195,6 +210,7 @@ class Launch:
         self.values = state_values(self.form.window, self.device)
         last = (self.columns - self.protected) % self.form.chunk or self.form.chunk
         self.rotations = rotations(self.form.chunk, last, self.device)
+        self.butterflies = butterflies(self.form.chunk, last, self.device)
         self.chunks = -(-self.protected // self.form.chunk) + len(first.widths)
         targets = list(accumulate(self.rows, initial=0))
         self.height = targets.pop()
@@ -247,9 +263,12 @@ class Launch:
         first, last = self.begins[linear : linear + 2]
         rows = self.rows[linear]
         out = torch.empty(rows, self.columns, dtype=dtype, device=self.device)
-        dequantize.decode[last - first, triton.cdiv(rows, GROUP * DECODED)](
-            self.linears[linear], self.units[first:last], self.actions[first:last], self.values, ONE, self.rotations,
-            out, self.columns, SIZE=self.form.chunk, SIDE=self.rotations.shape[1], GROUPS=DECODED, **self.constants,
+        side = self.rotations.shape[1]
+        groups = max(1, DECODED // (GROUP * side))
+        dequantize.decode[last - first, triton.cdiv(rows, GROUP * groups)](
+            self.linears[linear], self.units[first:last], self.actions[first:last], self.values, ONE,
+            *self.butterflies, out, self.columns, SIZE=self.form.chunk, SIDE=side, STAGES=side.bit_length() - 1,
+            GROUPS=groups, **self.constants,
         )  # fmt: skip
         return out
 
