@@ -13,6 +13,19 @@ min_version("9.27")
 configfile: "config/config.yaml"
 
 
+# Before the rules: files in a bucket (--default-storage-prefix) know only the constraints that stand above them.
+wildcard_constraints:
+    model=r"[^/_]+",
+    bits=r"-?\d+(\.\d+)?",
+    allocator=r"[a-z]+(-[a-z][a-z0-9]*)?(-\d+)?",
+    baseline=r"(\.[a-z]+(-[a-z][a-z0-9]*)?(-\d+)?)?",
+    change=r"(_[a-z][a-z0-9]*)?",
+    ablation=r"[a-z0-9]+",
+    stage="before_recovery|quantized",
+    task=r"((?!\.json)[^/])+",
+    part=r"[1-9]\d*",
+
+
 include: "workflow/rules/common.smk"
 
 
@@ -38,18 +51,6 @@ include: "workflow/rules/comparison.smk"
 include: "workflow/rules/pareto.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/report.smk"
-
-
-wildcard_constraints:
-    model=r"[^/_]+",
-    bits=r"-?\d+(\.\d+)?",
-    allocator=r"[a-z]+(-[a-z][a-z0-9]*)?(-\d+)?",
-    baseline=r"(\.[a-z]+(-[a-z][a-z0-9]*)?(-\d+)?)?",
-    change=r"(_[a-z][a-z0-9]*)?",
-    ablation=r"[a-z0-9]+",
-    stage="before_recovery|quantized",
-    task=r"((?!\.json)[^/])+",
-    part=r"[1-9]\d*",
 
 
 localrules:

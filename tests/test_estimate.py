@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.checkpoint.making import tiny
-from windquant import configuration, cost, estimate, shape as shapes
+from windquant import configuration, cost, estimate, own_model, shape as shapes
 from windquant.errors import WindquantError
 from windquant.shape import Shape
 
@@ -165,6 +165,16 @@ def test_the_command_shows_every_step(tmp_path: Path, capsys: pytest.CaptureFixt
     found = json.loads(capsys.readouterr().out)
     assert found["statistics"]["gpu"] > 0
     assert set(found) >= set(configuration.STEPS)
+
+
+@pytest.mark.parametrize("hidden", [576, 2048])
+def test_a_folder_is_estimated_as_it_would_be_quantized(tmp_path: Path, hidden: int) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_70B, "hidden_size": hidden, "num_attention_heads": 8}))
+    _, entry = own_model.describe(str(tmp_path), None)
+    shared = configuration.load(estimate.ROOT / "config" / "config.yaml")
+    wanted = configuration.resolve({**shared, "models": {tmp_path.name: entry}}, SCHEMA, tmp_path.name)
+    assert estimate.find(str(tmp_path))[1] == {**wanted, "model": {**wanted["model"], "path": str(tmp_path)}}
+    assert wanted["units"]["chunk"] == {576: 192, 2048: 256}[hidden]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"hidden_size": 8}'])

@@ -376,3 +376,13 @@ def test_write_text_replaces_or_leaves() -> None:
         atomic.write_text(path, "\ud800")
     assert path.read_text() == "old"
     assert names(Path()) == {"x.json"}
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [("windquant.search", "Search: "), ("windquant.evaluation.perplexity", "Perplexity of a checkpoint")],
+)
+def test_help_names_its_own_command_and_says_what_it_does(module: str, says: str) -> None:
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True).stdout
+    assert shown.startswith(f"usage: python -m {module} ")
+    assert f"\n{says}" in shown

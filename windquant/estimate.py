@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from windquant import configuration, memory
+from windquant import configuration, memory, own_model
 from windquant.cost import Need, Settings, cpu, gpu, needs
 from windquant.errors import WindquantError
 from windquant.progress import duration
@@ -39,17 +39,22 @@ def resources(resolved: Settings, step: str, bits: float, cores: int, on_gpu: bo
 
 
 def find(model: str) -> tuple[Shape, Settings]:
-    """Shape and settings of a model of config/config.yaml, a Hugging Face folder or a config.json."""
+    """Shape and settings of a model of config/config.yaml, a Hugging Face folder or a config.json.
+
+    The settings of the latter two are those that `python -m windquant quantize` gives them.
+    """
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+    shared = configuration.load(ROOT / "config" / "config.yaml")
     path = Path(model).expanduser()
     if path.exists():
-        entry = {"models": {path.name: {"source": "folder", "path": model}}}
-        return read(path / "config.json" if path.is_dir() else path), configuration.resolve(entry, schema, path.name)
-    config = configuration.validate(configuration.load(ROOT / "config" / "config.yaml"), schema)
+        shape = read(path / "config.json" if path.is_dir() else path)
+        local = {"source": "folder", "path": model, **own_model.WITHOUT_HUB, **own_model.units(shape.hidden)}
+        return shape, configuration.resolve({**shared, "models": {path.name: local}}, schema, path.name)
+    config = configuration.validate(shared, schema)
     resolved = configuration.resolve(config, schema, model)
     entry = resolved["model"]
-    if shape := known(entry):
-        return shape, resolved
+    if found := known(entry):
+        return found, resolved
     if entry["source"] != "hub":
         raise WindquantError(f"models.{model}.path: {entry.get('path') or 'missing'} has no config.json")
     from huggingface_hub import hf_hub_download

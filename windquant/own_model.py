@@ -130,9 +130,16 @@ def describe(model: str, text: str | None) -> tuple[str, dict[str, Any]]:
             raise WindquantError(f"--text {text}: no such file; give a text file, articles or hub")
         entry["calibration"] = {"source": "file", "path": str(file.resolve()), "whole": False, "test_source": "same"}
         entry["evaluation"] = {"tasks": [], "windows": 16}
-    if entry["source"] == "folder" and 0 < (width := narrowest(path)) < SMALL:
-        entry["units"] = {"chunk": max(64, min(256, width // 3 // 64 * 64)), "protected": 0.0}  # a third, in 64s
+    if entry["source"] == "folder":
+        entry |= units(narrowest(path))
     return re.sub(r"[/_\s]+", "-", name.lower()), entry
+
+
+def units(hidden: int) -> dict[str, Any]:
+    """Settings of a local model with `hidden` channels; 0: unknown."""
+    if not 0 < hidden < SMALL:
+        return {}
+    return {"units": {"chunk": max(64, min(256, hidden // 3 // 64 * 64)), "protected": 0.0}}  # a third, in 64s
 
 
 def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:

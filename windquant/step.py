@@ -85,8 +85,9 @@ def main(
     started = _process_age() if argv is None else 0.0
     start = time.monotonic() - started
     try:
-        arguments = _parse(step, settings, inputs, argv)
         module = _module(run).removesuffix(".__main__") or step
+        description = (sys.modules[run.__module__].__doc__ or "").strip().partition("\n")[0]
+        arguments = _parse(module, description, settings, inputs, argv)
         command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
         _run(step, run, settings_module.from_arguments(settings, arguments), inputs, arguments, start, light, command)
     except WindquantError as error:
@@ -112,8 +113,10 @@ def _errno(error: Exception) -> int:
     return int(found[1]) if found else 0
 
 
-def _parse(step: str, settings: type, inputs: Sequence[str], argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog=f"python -m windquant.{step}", allow_abbrev=False, description=_description(settings))
+def _parse(
+    module: str, description: str, settings: type, inputs: Sequence[str], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    parser = _Parser(prog=f"python -m {module}", allow_abbrev=False, description=description)
     for name, mark in map(_split, inputs):
         options: dict[str, Any] = {"nargs": "+"} if mark == "*" else {}
         parser.add_argument(settings_module.flag(name), type=Path, metavar="PATH", required=not mark, **options)
@@ -122,11 +125,6 @@ def _parse(step: str, settings: type, inputs: Sequence[str], argv: Sequence[str]
     settings_module.add_arguments(parser, Frame)
     settings_module.add_arguments(parser.add_argument_group("settings"), settings)
     return parser.parse_args(argv)
-
-
-def _description(settings: type) -> str:
-    module = sys.modules.get(settings.__module__)
-    return ((module.__doc__ if module else "") or "").strip().partition("\n")[0]
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -169,19 +169,29 @@ def test_the_jobs_that_kubernetes_is_sent(clone: Callable[[], Path], tmp_path: P
         "--default-storage-prefix",
         "s3://bucket/windquant",
     ]
-    try:
-        done = subprocess.run(
-            [SNAKEMAKE, *profile, "--retries", "0", "--cores", "2", "--", "resources/models/qwen3-0.6b"],
-            cwd=clone(),
+    made = clone()
+
+    def snakemake(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [SNAKEMAKE, *profile, *arguments],
+            cwd=made,
             env={**environment(), **names},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=240,
         )
+
+    try:
+        planned = snakemake("--dry-run", "--", "results/qwen3-0.6b_2.0bits.json")
+        done = snakemake("--retries", "0", "--cores", "2", "--", "resources/models/qwen3-0.6b")
     finally:
         server.shutdown()
         storage.stop()
+    assert planned.returncode == 0, planned.stdout[-4000:]
+    assert {"statistics", "bank", "quantize", "result"} <= set(
+        re.findall(r"^(\w+) +\d+$", planned.stdout, re.MULTILINE)
+    )
     assert len(Cluster.jobs) == 1, done.stdout[-4000:]
     (container,) = Cluster.jobs[0]["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "windquant:latest"
