@@ -146,7 +146,7 @@ def test_commands_of_the_package_run(finished: Path, tiny_model_folder: Path) ->
             ), command.text
             continue
         if command.page.name in MEASURED:
-            importlib.util.find_spec(words[2])
+            assert importlib.util.find_spec(words[2]) is not None, command.text
             continue
         if words[2:4] == ["windquant", "quantize"] and "--dry-run" not in words:
             words = [*words, "--dry-run"]  # its steps run in tests/workflow/test_own_model.py

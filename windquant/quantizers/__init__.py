@@ -1,7 +1,6 @@
 """Treatments, one file each, and the registry of the actions that they serve.
 
-A new treatment is a class with the methods of `base.Treatment`, a line in `actions` for each of its widths, and a name
-in TREATMENTS.
+A new treatment is a class with the methods of `base.Treatment` and a line in `actions` for each of its widths.
 """
 
 from functools import lru_cache
