@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.families import memory_for
-from windquant import memory
+from windquant import compute, memory
 from windquant.errors import WindquantError
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -64,3 +66,17 @@ def test_the_groups_around_a_process_are_asked_too() -> None:
     if Path("/proc/self/cgroup").is_file():
         assert any(file.parent in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")) for file in files)
     assert all(file.name in ("memory.max", "memory.limit_in_bytes") for file in files)
+
+
+def test_a_gpu_is_taken_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking opens it, and then it is too late to choose one that no other step has."""
+    taken: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compute, "device", lambda: taken.append("taken") or torch.device("cuda"))
+
+    def properties(_: torch.device) -> SimpleNamespace:
+        assert taken
+        return SimpleNamespace(total_memory=123)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert memory.limit() == 123

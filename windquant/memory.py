@@ -40,7 +40,10 @@ def limit() -> int:
     found = total()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        found = min(found, torch.cuda.get_device_properties(0).total_memory)
+        from windquant import compute
+
+        # asking a GPU opens it: it has to be this process's own by then
+        found = min(found, torch.cuda.get_device_properties(compute.device()).total_memory)
     return found
 
 

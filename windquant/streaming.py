@@ -49,7 +49,7 @@ class Source:
     @property
     def parameters(self) -> int:
         """How many the model has; tied ones once."""
-        packed = {f"{name}.{part}" for name, layout in self.layouts.items() for part in layout.shapes()}
+        packed = {f"{name}.{part}" for name, layout in self.layouts.items() for part in layout.shapes}
         others = sum(math.prod(entry.shape) for name, entry in self.entries.items() if name not in packed)
         return others + sum(layout.linear.weights for layout in self.layouts.values())
 
@@ -57,7 +57,7 @@ class Source:
         """The stored tensors that make up a parameter or buffer of the model."""
         linear, _, key = name.rpartition(".")
         if linear in self.layouts and key == "weight":
-            return [f"{linear}.{part}" for part in self.layouts[linear].shapes()]
+            return [f"{linear}.{part}" for part in self.layouts[linear].shapes]
         return [name]
 
     def holds(self, name: str, shape: torch.Size) -> bool:
@@ -87,7 +87,7 @@ class Source:
         entry = self.entries[name]
         if entry.dtype is None:
             raise WindquantError(f"{entry.file}: {name} has a type that windquant does not read; convert it to BF16")
-        data = torch.empty(entry.size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        data = torch.empty(entry.size, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
         try:
             with entry.file.open("rb") as file:
                 file.seek(entry.start)
@@ -106,7 +106,7 @@ class Source:
             models.check_finite([(name, value)], self.entries[name].file)
             return value.to(self.dtype) if value.is_floating_point() else value
         layout = self.layouts[linear]
-        parts = {part: stored[f"{linear}.{part}"].to(device, non_blocking=True) for part in layout.shapes()}
+        parts = {part: stored[f"{linear}.{part}"].to(device, non_blocking=True) for part in layout.shapes}
         return kernels.decode(layout, parts, self._order(linear, stored).to(device), self.dtype)
 
     def packed(self, linears: Collection[str]) -> Iterator[tuple[str, Layout, dict[str, Tensor], Tensor]]:
@@ -117,7 +117,7 @@ class Source:
         stored = self.read(f"{linear}.weight" for linear in linears)
         for linear in linears:
             layout = self.layouts[linear]
-            tensors = {part: stored[f"{linear}.{part}"] for part in layout.shapes()}
+            tensors = {part: stored[f"{linear}.{part}"] for part in layout.shapes}
             yield linear, layout, tensors, self._order(linear, stored)
 
     def _order(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
