@@ -92,8 +92,9 @@ class Bank:
         return float(self.errors[np.arange(len(choice)), choice].sum())
 
     def lowest_bits(self) -> float:
-        """The smallest target any plan can meet."""
-        return 8 * (int(self.bytes.min(axis=1).sum()) + self.fixed_bytes) / self.weights
+        """The smallest target that a plan of available actions can meet, rounded up so that it works as it is shown."""
+        size = np.where(np.isfinite(self.errors), self.bytes, np.iinfo(np.int64).max).min(axis=1)
+        return float(np.ceil(8e4 * (int(size.sum()) + self.fixed_bytes) / self.weights) / 1e4)
 
     def plan(
         self,

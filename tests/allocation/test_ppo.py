@@ -12,7 +12,7 @@ import torch
 from sb3_contrib import MaskablePPO
 
 from windquant.allocation import lagrangian, ppo
-from windquant.allocation.budget import Choice, fill, highest, limit, lowest
+from windquant.allocation.budget import Choice, fill, highest, limit
 from windquant.allocation.environment import AllocationVecEnv
 from windquant.allocation.learned import Learned
 from windquant.allocation.loss_model import LossModel
@@ -257,7 +257,7 @@ def test_no_policy_where_there_is_nothing_to_learn(small_bank: Bank, targets: tu
 def test_the_range_ends_where_the_bank_does(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> None:
     options = dataclasses.replace(QUICK, targets=(0.5, 16.0), episodes=4, evaluations=3)
     low, high = search(small_bank, 0, options, hidden_loss(small_bank)).targets
-    assert (low, high) == (lowest(small_bank), min(16.0, highest(small_bank)))
+    assert (low, high) == (small_bank.lowest_bits(), min(16.0, highest(small_bank)))
     limit(small_bank, low)  # can be met
 
 

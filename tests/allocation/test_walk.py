@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 
+from tests.allocation.conftest import make_bank
 from windquant.allocation import lagrangian
 from windquant.allocation.budget import cheapest, fill, limit, take
 from windquant.allocation.environment import AllocationEnv, AllocationVecEnv
+from windquant.allocation.features import geometry
 from windquant.allocation.loss_model import LossModel
 from windquant.allocation.network import actor, deterministic
 from windquant.allocation.policy import AllocationPolicy
@@ -222,3 +224,16 @@ def test_the_mask_holds_in_the_policy(small_bank: Bank) -> None:
     observation = torch.as_tensor(env.reset())
     probability = ppo.policy.get_distribution(observation, env.action_masks()).distribution.probs
     np.testing.assert_allclose(probability.detach().numpy(), [[1, 0, 0, 0, 0, 0, 0]] * 2, atol=1e-6)
+
+
+def test_two_linears_of_one_kind_in_a_layer_are_told_apart() -> None:
+    """As in StarCoder, whose layers have attn.c_proj and mlp.c_proj."""
+    bank = make_bank(layers=3, hidden=32, inner=64, key=16, chunk=12)
+    linears = []
+    for linear in bank.linears:
+        block, _, kind = linear.name.rpartition(".")
+        alike = "c_proj" if kind in ("o_proj", "down_proj") else kind
+        linears.append(dataclasses.replace(linear, kind=alike, name=f"{block}.{alike}"))
+    found, plain = geometry(dataclasses.replace(bank, linears=linears)), geometry(bank)
+    assert np.array_equal(found.above, plain.above)
+    assert len(found.kinds) == len(plain.kinds) - 1

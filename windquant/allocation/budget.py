@@ -37,11 +37,6 @@ def cheapest(bank: Bank) -> Choice:
     return np.where(tied, errors, np.inf).argmin(axis=1)
 
 
-def lowest(bank: Bank) -> float:
-    """The smallest target that a plan of available actions can meet, rounded up so that it works as it is shown."""
-    return float(np.ceil(bank.effective_bits(cheapest(bank)) * 1e4) / 1e4)
-
-
 def highest(bank: Bank) -> float:
     """The target from which on every unit can have its best action."""
     return float(np.ceil(bank.effective_bits(prices(bank).argmin(axis=1)) * 1e4) / 1e4)
@@ -53,7 +48,8 @@ def limit(bank: Bank, target_bits: float) -> int:
     if take(bank.bytes, cheapest(bank)).sum() > budget:
         raise WindquantError(
             f"target_bits {target_bits:g} is below what this bank allows: with scales, orders and protected columns "
-            f"the lowest possible target is {lowest(bank):.4f}; ask for more bits, larger chunks or less protection"
+            f"the lowest possible target is {bank.lowest_bits():.4f}; "
+            "ask for more bits, larger chunks or less protection"
         )
     return budget
 

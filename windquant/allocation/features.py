@@ -25,7 +25,7 @@ class Geometry:
     depth: NDArray[np.float64]  # -1 first layer .. 1 last layer
     rank: NDArray[np.float64]  # -0.5 most salient chunk of its linear .. 0.5 least salient
     first: NDArray[np.bool_]  # most salient chunk of its linear
-    above: NDArray[np.int64]  # the same chunk of the same kind of linear one layer earlier, -1: there is none
+    above: NDArray[np.int64]  # the same chunk of the same linear one layer earlier, -1: there is none
 
 
 def geometry(bank: Bank) -> Geometry:
@@ -33,9 +33,11 @@ def geometry(bank: Bank) -> Geometry:
     kind = np.array([kinds.index(linear.kind) for linear in bank.linears])[bank.linear]
     layer = np.array([linear.layer for linear in bank.linears])[bank.linear]
     chunks = np.bincount(bank.linear, minlength=len(bank.linears))[bank.linear]
-    places = zip(layer.tolist(), kind.tolist(), bank.position.tolist(), strict=True)
-    where: dict[tuple[int, int, int], int] = {place: unit for unit, place in enumerate(places)}
-    above = [where.get((place[0] - 1, *place[1:]), -1) for place in where]
+    # in its layer by its path: two linears of one layer may be of one kind (StarCoder's attn.c_proj and mlp.c_proj)
+    paths = [linear.name.partition(f".{linear.layer}.")[2] for linear in bank.linears]
+    places = [(bank.linears[i].layer, paths[i], p) for i, p in zip(bank.linear, bank.position.tolist(), strict=True)]
+    where = {place: unit for unit, place in enumerate(places)}
+    above = [where.get((before - 1, path, position), -1) for before, path, position in places]
     return Geometry(
         kinds=kinds,
         kind=kind,

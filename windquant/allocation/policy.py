@@ -10,7 +10,7 @@ from windquant.allocation.walk import Layout
 
 
 class AllocationPolicy(MaskableActorCriticPolicy):
-    """MaskablePPO's actor and critic with the parts above."""
+    """MaskablePPO's actor and critic with the parts of network.py."""
 
     def __init__(self, *args: Any, layout: Layout, hidden: int = 64, warm: bool = True, **kwargs: Any) -> None:
         self.layout, self.hidden, self.warm = layout, hidden, warm

@@ -28,7 +28,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 
 from windquant.allocation import checkpoint, features, lagrangian
-from windquant.allocation.budget import Choice, fill, highest, limit, lowest
+from windquant.allocation.budget import Choice, fill, highest, limit
 from windquant.allocation.curve import CurveWriter, Report
 from windquant.allocation.environment import AllocationVecEnv
 from windquant.allocation.learned import Learned
@@ -89,7 +89,7 @@ class Search:
         self.start = start
         self.bank, self.seed, self.settings = bank, seed, settings
         self.cache, self.report = cache, report or (lambda values, update: None)
-        self.span = (max(settings.targets[0], lowest(bank)), min(settings.targets[-1], highest(bank)))
+        self.span = (max(settings.targets[0], bank.lowest_bits()), min(settings.targets[-1], highest(bank)))
         self.random = np.random.default_rng(seed)
         self.model = LossModel(bank, start.weights if start else None)
         self.curve: list[dict[str, float]] = []
