@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,28 @@ def test_the_batch_does_not_matter(prepared: Prepared) -> None:
         )
     for name, tensors in one.items():
         assert (tensors["codes"] == two[name]["codes"]).float().mean() > 0.99
+
+
+def test_a_smaller_batch_begins_with_the_original_again(
+    prepared: Prepared, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the weights lie in memory, those that were quantized before a GPU was full have been replaced."""
+    monkeypatch.setattr(quantize.streaming, "load", models.load)
+    calls: list[int] = []
+
+    def full_once(*arguments: Any, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+        return quantize_linear(*arguments, **options)
+
+    monkeypatch.setattr(quantize, "quantize_linear", full_once)
+    again = quantized(prepared, mixed(prepared), tmp_path / "again", "--batch", "16")
+    first, second = (load_file(folder / "model.safetensors") for folder in (made, again))
+    assert len(calls) > 14, "it began anew"
+    for name in first:
+        if name.endswith(".codes"):  # another batch rounds otherwise; quantized twice, nearly all codes would differ
+            assert (first[name] == second[name]).float().mean() > 0.99, name
 
 
 def test_natural_order_is_kept(prepared: Prepared) -> None:

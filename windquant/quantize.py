@@ -33,10 +33,10 @@ def run(task: step.Task, settings: Settings) -> None:
     plan = Plan.load(task.inputs["plan"])
     statistics = Statistics.load(task.inputs["statistics"])
     ids = calibration.load(task.inputs["calibration"]).calibration.long()
-    model = streaming.load(task.inputs["model"])
     layouts = layouts_of(plan, statistics.linears)
 
     def written(batch: int) -> checkpoint.Measured:
+        model = streaming.load(task.inputs["model"])  # anew for a smaller batch: its weights are replaced as it goes
         found = quantized_linears(model, layouts, plan.units.order, statistics, ids, batch, task.output.parent)
         others = streaming.parameters(model, layouts)
         counted = task.progress(found, total=len(layouts), label="quantize")
