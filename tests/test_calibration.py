@@ -133,6 +133,11 @@ def test_too_short_a_text_names_the_key_and_both_numbers(
     line = refused(capsys, tiny_model_folder, tmp_path / "x", *flags, "--reward-samples", "100000")
     assert "calibration.reward_samples" in line
     assert "2400000" in line
+    line = refused(capsys, tiny_model_folder, tmp_path / "x", *flags, "--recovery-length", "100000")
+    assert "lower calibration.recovery_length or give more text" in line, "fewer windows would not help"
+    line = refused(capsys, tiny_model_folder, tmp_path / "x", *flags, "--whole", "true", "--length", "5000")
+    assert "0 documents of the calibration split" in line
+    assert "calibration.whole: false" in line
     short = tmp_path / "short.txt"
     short.write_text("One short document.\n")
     line = refused(capsys, tiny_model_folder, tmp_path / "x", "--source", "file", "--path", str(short))
@@ -177,7 +182,8 @@ def test_wrong_keys_are_named(
 def test_jsonl_gives_one_document_a_line(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"question": part[:30], "answer": part[30:]} for part in text_file.read_text().split("\n\n")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    rows[1]["answer"] += "\u2028a line separator is part of its string"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*rows, rows[0]]) + "\n")
     flags = ("--source", "file", "--path", str(path), "--columns", "question,answer")
     made = make(tiny_model_folder, tmp_path / "made", *flags)
     assert calibration.load(made).calibration.shape == (6, 40)

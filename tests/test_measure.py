@@ -47,7 +47,7 @@ def choice(meter: LossMeter, action: str) -> np.ndarray:
 
 def test_the_original_loss_is_the_models(meter: LossMeter, prepared: Prepared) -> None:
     model = models.load(prepared.model)
-    ids = calibration.load(prepared.calibration).reward.long()
+    ids = meter.ids
     with torch.no_grad():
         expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     assert meter.original == pytest.approx(expected, rel=1e-5)
@@ -171,7 +171,7 @@ def test_plans_are_compared_as_really_quantized_models(prepared: Prepared, meter
     statistics = Statistics.load(prepared.statistics)
     texts = calibration.load(prepared.calibration)
     plans = [uniform(prepared, "scalar-1.5"), uniform(prepared, "scalar-3")]
-    ids = texts.reward.long()  # short as it is, all of it serves both
+    ids = meter.other
     seen: list[int] = []
     measured = meter.loss_gap(choice(meter, "scalar-2"))
     with in_float32(), torch.no_grad():
@@ -197,7 +197,8 @@ def test_comparing_plans_draws_no_noise(prepared: Prepared, meter: LossMeter) ->
 
 
 def test_tokens_bound_the_text(prepared: Prepared, meter: LossMeter) -> None:
-    assert meter.ids.shape == (6, 48)
+    assert meter.ids.shape == (4, 48)  # of 6: the others are for `divergences`, however many tokens are asked for
+    assert meter.other.shape == (2, 48)
     assert make(prepared, tokens=100).ids.shape == (2, 48)
     assert make(prepared, tokens=1).ids.shape == (1, 48)
 

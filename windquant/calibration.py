@@ -94,17 +94,21 @@ def run(task: step.Task, settings: Settings) -> None:
         count, length = getattr(settings, f"{prefix}samples"), getattr(settings, f"{prefix}length")
         chance = random.Random(f"{task.seed} {name}")
         documents = chance.sample(splits.documents[name], len(splits.documents[name]))
-        if name == "calibration" and settings.whole:
+        if whole := name == "calibration" and settings.whole:
             windows, used, available = beginnings(tokenizer, documents, count, length)
         else:
             stream, used = encode(tokenizer, documents, OVERSAMPLING * count * length)
             windows, available = draw(cut(stream, length, first), count, chance), len(stream)
         least = 1 if name == "recovery" else count  # recovery begins again after its last window
-        _require(name, f"{prefix}samples", windows, least, length, available, info["source"]["training"])
+        _require(name, prefix, windows, least, available, info["source"]["training"], whole)
         tokens[name], info["splits"][name] = windows, _describe(windows, used, available)
     stream, used = encode(tokenizer, splits.documents["test"])
     tokens["test"] = cut(stream, settings.context, first)
-    _require("test", "context", tokens["test"], 1, settings.context, len(stream), info["source"]["test"])
+    if not len(tokens["test"]):
+        raise WindquantError(
+            f"calibration.context: the test text of {info['source']['test']} has {len(stream)} tokens, a window needs "
+            f"{settings.context}; lower calibration.context or give more text"
+        )
     info["splits"]["test"] = _describe(tokens["test"], used, len(stream))
 
     task.output.mkdir(parents=True)
@@ -231,12 +235,21 @@ def beginnings(
     return torch.tensor(rows, dtype=torch.int32).view(-1, length), titles, available
 
 
-def _require(split: str, key: str, windows: Tensor, count: int, length: int, available: int, origin: str) -> None:
-    if len(windows) < count:
+def _require(split: str, prefix: str, windows: Tensor, count: int, available: int, origin: str, whole: bool) -> None:
+    """WindquantError if there are less than `count` windows; it names what would help."""
+    found, length = windows.shape
+    if found >= count:
+        return
+    if whole:
         raise WindquantError(
-            f"calibration.{key}: the {split} split of {origin} has {available} tokens, {count} windows of {length} "
-            f"need {count * length}; lower calibration.{key} or give more text"
+            f"calibration.samples: {found} documents of the {split} split of {origin} have {length} tokens, {count} "
+            "are asked for; lower it or calibration.length, or set calibration.whole: false, which joins documents"
         )
+    key = f"{prefix}samples" if found else f"{prefix}length"
+    raise WindquantError(
+        f"calibration.{key}: the {split} split of {origin} has {available} tokens, {count} windows of {length} "
+        f"need {count * length}; lower calibration.{key} or give more text"
+    )
 
 
 def _describe(windows: Tensor, titles: list[str], available: int) -> dict[str, Any]:

@@ -7,20 +7,18 @@ over the seeds (n - 1; empty for a single one).
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from windquant import result_file
+from windquant import configuration, result_file
 from windquant.errors import WindquantError
 
 if TYPE_CHECKING:
     from windquant.task import Task
 
 NAMES = ["allocator", "change", "target_bits"]  # what a row is about
-CHANGE = re.compile(r"bits\.[a-z]+-([a-z][a-z0-9]*)")  # in the name of a result
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ def run(task: "Task", settings: Settings) -> None:
     if len(models) != 1:
         raise WindquantError(f"--results: cannot compare different values of model: {', '.join(models)}")
     table = pd.DataFrame([row(path, entry) for path, entry in zip(paths, results, strict=True)])
+    actions = [str(name) for name in table if str(name).startswith("actions_")]
+    table[actions] = table[actions].fillna(0)  # what a plan does not use
     groups = table.groupby(NAMES, sort=False, dropna=False)
     measured = [str(name) for name in table if name not in (*NAMES, "seed", "fallback")]
     means = groups[measured].mean()
@@ -53,10 +53,10 @@ def run(task: "Task", settings: Settings) -> None:
 
 def row(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared of one result. A gap is the loss above the original's, nats per token."""
-    change = CHANGE.search(path.name)
+    variant = configuration.variant_of(path)
     columns: dict[str, Any] = {
         "allocator": entry["allocator"],
-        "change": change[1] if change else "",
+        "change": variant.change if variant else "",
         "target_bits": entry["target_bits"],
         "seed": entry["seed"],
         "fallback": entry["fallback"],

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from windquant import calibration, compute, decoder, memory, models, presets, streaming
 from windquant.bank import Bank
 from windquant.divergence import divergence_of
+from windquant.errors import WindquantError
 from windquant.feedback import column_order
 from windquant.flow import Flow, Precision
 from windquant.plan import Plan
@@ -42,7 +43,8 @@ SIGNS = (1, -1)
 
 
 class LossMeter:
-    """Measures plans on the original model and one draw of noise: 4 bytes per weight, or those of a layer."""
+    """Measures plans on the original model and one draw of noise: twice the weights' bytes, or those of a
+    layer."""
 
     def __init__(
         self,
@@ -71,8 +73,11 @@ class LossMeter:
         self.samples = texts.calibration[: max(1, presets.CONFIRM_TOKENS // texts.calibration.shape[1])].long()
         self.statistics = Statistics.load(statistics)
         reward = texts.reward.long().to(self.device)
-        windows = min(max(1, tokens // reward.shape[1]), len(reward))
-        self.ids, self.other = reward[:windows], reward[windows:] if windows < len(reward) else reward
+        if len(reward) < 2:
+            raise WindquantError("calibration.reward_samples: ask for 2, one to measure on and one to confirm on")
+        # a quarter stays unseen, for the confirmation of what the search has found
+        windows = max(1, min(tokens // reward.shape[1], len(reward) * 3 // 4))
+        self.ids, self.other = reward[:windows], reward[windows:]
         self.noise = Noise(seed, self.device, whole)
         self.unit_of = [self._units(index) for index in range(len(bank.linears))]
         self.batch = BATCH

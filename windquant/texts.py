@@ -32,7 +32,12 @@ def documents(settings: "Settings") -> list[Article]:
     path = existing("calibration.path", settings.path)
     text = read_text("calibration.path", path)
     if path.suffix == ".jsonl":
-        texts = [_row_text(line, number, path, settings.columns) for number, line in enumerate(text.splitlines(), 1)]
+        # line feeds alone: JSON strings may hold other line separators as they are (U+2028)
+        texts = [
+            _row_text(line, number, path, settings.columns)
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
     else:
         parts = re.split(r"\n\s*\n", text)
         texts = [part.strip() for part in (parts if len(parts) > 1 else text.splitlines())]

@@ -49,6 +49,13 @@ def test_comparison_of_seeds_changes_and_budgets(capsys: pytest.CaptureFixture[s
     assert list(table["perplexity_wikipedia_quantized_std"])[:2] == [0.7071, 2.8284]
     assert "perplexity_wikipedia_original_std" not in table
 
+    for seed, actions in enumerate(({"trellis-1": 0.9, "trellis-2": 0.1}, {"trellis-1": 1.0})):
+        entry = assemble(chain("ppo", 50.0), "results/r.json")
+        Path(f"results/m_2.0bits.ppo-{seed}.json").write_text(json.dumps({**entry, "seed": seed, "actions": actions}))
+    shares = compare(*(f"results/m_2.0bits.ppo-{seed}.json" for seed in (0, 1)))
+    assert list(shares["actions_trellis-1"]) == [0.95]
+    assert list(shares["actions_trellis-2"]) == [0.05], "a plan without it has none of it"
+
     other = json.loads(Path(paths[0]).read_text()) | {"model": "n"}
     Path("results/n_2.0bits.json").write_text(json.dumps(other))
     with pytest.raises(SystemExit):

@@ -104,7 +104,7 @@ def load_tasks(files: dict[str, dict[str, Path]], scratch: Path) -> list[Any]:
         definitions = _definitions()
     for name, splits in files.items():
         if name not in definitions:
-            raise WindquantError(f"evaluation.tasks: lm-eval has no task {name}")
+            raise WindquantError(f"evaluation.tasks: lm-eval has no task {name}; name single tasks, no groups of them")
         # A definition of the same name that includes the original one and says where the data are.
         text = yaml.safe_dump({"include": str(definitions[name]), "task": name, **_local(splits, scratch)})
         (scratch / f"{name}.yaml").write_text(text)
@@ -114,23 +114,28 @@ def load_tasks(files: dict[str, dict[str, Path]], scratch: Path) -> list[Any]:
     loaded = []
     for name, splits in files.items():
         try:
-            loaded += manager.load(name)["tasks"].values()
+            (task,) = manager.load(name)["tasks"].values()
         except (OSError, ValueError, LookupError, TemplateError) as error:
             where = "evaluation.data_dir" if splits else "evaluation.tasks"
             raise WindquantError(
                 f"{where}: the data of {name} cannot be read ({models.first_line(error)}); evaluation.data_dir takes a "
                 f"folder with {name}.<split>.jsonl in the columns of the Hub's data set"
             ) from error
+        if "acc" not in (metrics := task.aggregation()):
+            raise WindquantError(f"evaluation.tasks: {name} measures no accuracy (acc) but {', '.join(metrics)}")
+        loaded.append(task)
     return loaded
 
 
 @cache
 def _definitions() -> dict[str, Path]:
-    """File of every task that lm-eval knows, and of ours."""
+    """File of every single task that lm-eval knows, and of ours."""
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_path=str(embedded.DEFINITIONS)).task_index
-    return {name: Path(entry.yaml_path) for name, entry in index.items() if entry.yaml_path}
+    return {
+        name: Path(entry.yaml_path) for name, entry in index.items() if entry.yaml_path and entry.kind.name == "TASK"
+    }
 
 
 def _local(splits: dict[str, Path], scratch: Path) -> dict[str, Any]:

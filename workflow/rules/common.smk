@@ -246,7 +246,7 @@ def all_allocators(wildcards):
 
 def all_budgets(wildcards):
     """The results at all budgets of the Pareto table."""
-    return [result_of(wildcards.model, bits, "ppo") for bits in study(wildcards.model, "budgets")]
+    return [result_of(wildcards.model, float(bits), "ppo") for bits in study(wildcards.model, "budgets")]
 
 
 @one_line

@@ -1,4 +1,4 @@
-# Codes and bits frozen, scales, offsets and norms tuned by distillation from the original model.
+# Codes and bits frozen, scales and norms tuned by distillation from the original model.
 
 
 rule recovery:
