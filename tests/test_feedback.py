@@ -151,7 +151,7 @@ def test_more_bits_cost_less(treatment: str) -> None:
 def test_the_stored_tensors_stand_for_the_returned_weight(names: str, protected: float) -> None:
     weight, covariance, form = gaussian(ROWS, COLUMNS), correlated(), layout(names, protected)
     tensors, decoded, order = quantized(weight, covariance, form)
-    assert {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()} == form.shapes()
+    assert {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()} == form.shapes
     found = dequantize(form, tensors, order)
     # The last bit of a scale depends on how many torch computes at once; a rotated chunk sums it up.
     rotated = any(entry.rotated for entry in form.actions)

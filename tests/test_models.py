@@ -181,6 +181,14 @@ def test_folder_is_linked_and_checked(tiny_model_folder: Path, tmp_path: Path) -
     assert notes["parameters"] == sum(p.numel() for p in models.load(made).parameters())
 
 
+def test_licence_and_every_kind_of_tokenizer_come_along(copy: Path, tmp_path: Path) -> None:
+    wanted = ("LICENSE.txt", "NOTICE", "qwen.tiktoken")
+    for name in wanted:
+        (copy / name).write_text(name)
+    made = make(tmp_path, "--source", "folder", "--path", str(copy))
+    assert [(made / name).read_text() for name in wanted] == list(wanted)
+
+
 def test_pickles_are_never_read(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     line = refused(tmp_path, capsys, "--source", "folder", "--path", str(copy))

@@ -16,13 +16,13 @@ from windquant.packed import (
     Layout,
     ScaleCoder,
     chunk_order,
-    decode_chunks,
     decode_offset,
     dequantize,
     encode_offset,
     fixed_bytes,
     order_bytes,
     pack_order,
+    segments,
     tensor_bytes,
     unit_bytes,
     unpack_order,
@@ -77,7 +77,7 @@ def test_bytes_are_known_before_anything_is_made(layout: Layout) -> None:
     units = [
         unit_bytes(entry, layout.linear.rows, width) for entry, width in zip(layout.actions, layout.widths, strict=True)
     ]
-    assert fixed_bytes(layout.linear, layout.format) + sum(units) == layout.bytes() == tensor_bytes(layout.shapes())
+    assert fixed_bytes(layout.linear, layout.format) + sum(units) == layout.bytes() == tensor_bytes(layout.shapes)
     assert sum(layout.widths) + layout.protected == layout.linear.columns
 
 
@@ -87,7 +87,7 @@ def test_tensors_have_the_shapes_and_bytes_of_the_layout(layout: Layout, seed: i
     names = tuple(name if name in WITHOUT_SEARCH else "skip" for name in layout.names)  # the search takes longer
     layout = Layout(layout.linear, names, layout.format)
     _, order, tensors, decoded = quantized(layout, seed)
-    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()} == layout.shapes()
+    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()} == layout.shapes
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) == layout.bytes()
     torch.testing.assert_close(dequantize(layout, tensors, order), decoded)
 
@@ -97,7 +97,7 @@ def test_tensors_have_the_shapes_and_bytes_of_the_layout(layout: Layout, seed: i
 def test_the_decoded_weight_is_the_quantized_one(rows: int, protected: float) -> None:
     layout = layout_of(rows, 15 * 16 + 9, 16, protected, list(actions()))
     _, order, tensors, decoded = quantized(layout)
-    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()} == layout.shapes()
+    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()} == layout.shapes
     unpacked = unpack_order(tensors["order"], layout.linear.columns, layout.widths, layout.protected)
     assert torch.equal(unpacked, order)
     found = dequantize(layout, tensors, unpacked)
@@ -114,7 +114,7 @@ def test_decode_is_the_reference_of_the_fast_path() -> None:
     """Codes unpacked one chunk at a time and decoded by their treatment are what `segments` gives for many."""
     layout = layout_of(75, 16 * 16 + 9, 16, 0.03, [*actions(), "trellis-2", "scalar-3"])
     _, order, tensors, _ = quantized(layout)
-    chunks = decode_chunks(layout, tensors)
+    chunks = [(c, values[:, i].T) for run, values in segments(layout, tensors) for i, c in enumerate(run.chunks)]
     assert [chunk for chunk, _ in chunks] == layout.storage_order
     coder = ScaleCoder(*tensors["scale_grid"], tensors["row_scales"])
     whole = dequantize(layout, tensors, order)

@@ -52,10 +52,6 @@ def test_units_give_the_format() -> None:
     assert PLAN.units.format() == Format(32, 0.03, 8, torch.bfloat16)
 
 
-def test_shares_count_units() -> None:
-    assert PLAN.shares() == {"scalar-2": 0.5, "skip": 0.25, "trellis-2": 0.25}
-
-
 def damaged(**changes: object) -> str:
     document = {"format": 1, **dataclasses.asdict(PLAN)} | changes
     return json.dumps({key: value for key, value in document.items() if value is not None})

@@ -122,7 +122,7 @@ def quantize_linear(
     by_chunk = dict(zip(with_scale, scales, strict=True))
     tensors["scales"] = torch.cat(
         [by_chunk[chunk] for chunk in ordered if chunk in by_chunk]
-        or [torch.empty(layout.shapes()["scales"][0], dtype=torch.uint8)]
+        or [torch.empty(layout.shapes["scales"][0], dtype=torch.uint8)]
     )
     if with_offset:
         by_chunk = dict(zip(with_offset, offsets, strict=True))

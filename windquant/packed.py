@@ -105,12 +105,9 @@ class Layout:
             offset += len(chunks) * entry.has_offset
         return result
 
+    @cached_property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor."""
-        return self._shapes
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, chunks = self.linear.rows, len(self.widths)
         with_scale = sum(entry.has_scale for entry in self.actions)
         with_offset = sum(entry.has_offset for entry in self.actions)
@@ -133,7 +130,7 @@ class Layout:
 
     def bytes(self) -> int:
         """Bytes of all stored tensors: the same as `fixed_bytes` plus `unit_bytes` of every chunk."""
-        return tensor_bytes(self.shapes())
+        return tensor_bytes(self.shapes)
 
 
 def tensor_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
@@ -317,12 +314,3 @@ def decode_run(run: Run, codes: Tensor, rows: int, scales: Tensor, offsets: Tens
     if run.entry.has_scale:
         values *= scales[run.scale : run.scale + count].T[:, :, None]
     return values
-
-
-def decode_chunks(layout: Layout, tensors: Mapping[str, Tensor]) -> list[tuple[int, Tensor]]:
-    """Chunk index and decoded columns [width, rows], not yet rotated back, in storage order."""
-    return [
-        (chunk, values[:, index].T)
-        for run, values in segments(layout, tensors)
-        for index, chunk in enumerate(run.chunks)
-    ]

@@ -63,8 +63,3 @@ class Plan:
             return cls(**document | {"units": Units(**document["units"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WindquantError(f"{path}: not a readable plan ({error!r}); delete it and run again") from error
-
-    def shares(self) -> dict[str, float]:
-        """Share of units per action (unweighted; see Bank.shares for the share of weights)."""
-        names = [action for row in self.actions.values() for action in row]
-        return {action: names.count(action) / len(names) for action in sorted(set(names))}

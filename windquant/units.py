@@ -6,9 +6,6 @@ rows. Protected columns are taken out first; the last chunk of a weight may be n
 
 from dataclasses import dataclass
 
-#: An action is what is done to a unit: (treatment, bits). `skip` keeps the original precision (16 bits).
-SKIP = "skip"
-
 
 @dataclass(frozen=True)
 class Linear:

@@ -35,7 +35,7 @@ def random_tensors(layout: Layout, order: Tensor, generator: torch.Generator) ->
     numbers = {name: number for number, name in enumerate(actions())}
     rows = layout.linear.rows
     tensors = {}
-    for key, (shape, dtype) in layout.shapes().items():
+    for key, (shape, dtype) in layout.shapes.items():
         if dtype.is_floating_point:
             tensors[key] = torch.rand(shape, generator=generator, device=device).to(dtype)
         else:

@@ -104,7 +104,7 @@ def test_the_bytes_are_those_predicted(everything: tuple[dict[str, Made], dict[s
     for key, tensor in load_file(file).items():
         linear, _, part = key.rpartition(".")
         if linear in made.layouts and part != "bias":
-            assert tensor.dtype == made.layouts[linear].shapes()[part][1]
+            assert tensor.dtype == made.layouts[linear].shapes[part][1]
         else:
             assert tensor.dtype == dtype, key
 

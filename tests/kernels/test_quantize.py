@@ -98,7 +98,7 @@ def test_a_linear_is_stored_as_the_reference_stores_it(
     expected, decoded = quantize_linear(weight, order, covariance, layout, importance)
     monkeypatch.setattr(kernels, "quantize_on", lambda device: True)
     found, weights = quantize_linear(weight.to(device), order, covariance, layout, importance)
-    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in found.items()} == layout.shapes()
+    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in found.items()} == layout.shapes
     assert torch.allclose(dequantize(layout, found, order), weights.cpu(), rtol=1e-4, atol=1e-5)
     if device.type == "cpu":  # a GPU factors the covariance in another order of sums, and rounds otherwise
         for key, tensor in expected.items():

@@ -124,7 +124,7 @@ def check_headers(layouts: Mapping[str, Layout], files: list[Path]) -> dict[str,
         found |= entries(file)
     where = files[0] if len(files) == 1 else files[0].parent
     for name, layout in layouts.items():
-        for key, (shape, dtype) in layout.shapes().items():
+        for key, (shape, dtype) in layout.shapes.items():
             entry = found.get(f"{name}.{key}")
             if entry is None:
                 raise WindquantError(f"{where}: lacks {name}.{key}; {AGAIN}")

@@ -117,11 +117,11 @@ class WindquantQuantizer(HfQuantizer):
             biased, weight = linear.bias is not None, linear.weight
             allocated: Iterable[str] = ()
             if folder is None:  # a frame without weights
-                allocated = layout.shapes()
+                allocated = layout.shapes
             elif device_map is not None:  # transformers chooses where they go
                 allocated = ("codes",)
             setattr(parent, layout.linear.kind, PackedLinear(layout, biased, weight.dtype, weight.device, allocated))
-        taken = "|".join(sorted({key for layout in layouts.values() for key in layout.shapes()}))
+        taken = "|".join(sorted({key for layout in layouts.values() for key in layout.shapes}))
         model._keys_to_ignore_on_load_unexpected = {
             rf"\.({taken})$",
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -133,7 +133,7 @@ class WindquantQuantizer(HfQuantizer):
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         for name, module in packed.items():
             for key, tensor in module.tensors.items():
-                if tensor.is_meta or tensor.dtype != module.layout.shapes()[key][1]:
+                if tensor.is_meta or tensor.dtype != module.layout.shapes[key][1]:
                     raise WindquantError(
                         f"{name}.{key} was offloaded or loaded as {tensor.dtype}; give a device_map that holds the "
                         "whole model, or load with low_memory=True on the CPU"
@@ -145,7 +145,7 @@ class WindquantQuantizer(HfQuantizer):
             owners = {name: module for name, module in packed.items() if module.layout.owner}
             orders = {name: unpacked_order(module.layout, module.tensors["order"]) for name, module in owners.items()}
         groups = {name: Fused(layouts.values()) for name in orders}
-        places = [(name, key) for name in packed for key in layouts[name].shapes() if f"{name}.{key}" in self.entries]
+        places = [(name, key) for name in packed for key in layouts[name].shapes if f"{name}.{key}" in self.entries]
         read: dict[str, dict[str, Tensor]] = {name: {} for name in packed}
         for (name, key), tensor in zip(places, tensors(self.entries[f"{n}.{k}"] for n, k in places), strict=True):
             read[name][key] = tensor

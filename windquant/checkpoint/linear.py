@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = layout.linear.columns, layout.linear.rows
         self.dtype = dtype  # of the decoded weight
         for name in allocated:
-            shape, stored = layout.shapes()[name]
+            shape, stored = layout.shapes[name]
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         rows = torch.empty(self.out_features, dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(rows, requires_grad=False) if bias else None)
@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name: all of them, once connected."""
-        return {name: getattr(self, name) for name in self.layout.shapes() if name in self._buffers}
+        return {name: getattr(self, name) for name in self.layout.shapes if name in self._buffers}
 
     def connect(self, tensors: Mapping[str, Tensor], order: Tensor, fused: "Fused", low_memory: bool) -> None:
         """Take the stored tensors that were not allocated, the column order, int64 [columns], and the group's part.
@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
         """
         allocated = self.tensors
         device = allocated.get("codes", order).device
-        for name in self.layout.shapes():
+        for name in self.layout.shapes:
             if name not in allocated:
                 self.register_buffer(name, tensors[name].to(device))
         self.column_order, self.fused, self.low_memory = order.to(device), fused, low_memory

@@ -41,8 +41,8 @@ TOLERANCES = {
     "data/search": EXACT,  # one other measurement is another policy
     "data/plans": EXACT,  # one other action is another plan
     "data/checkpoints": EXACT,
-    "data/evaluation": Tolerance(relative=1e-3, absolute=0.01),  # perplexity; accuracy: a record in a hundred
-    "results": Tolerance(relative=1e-3, absolute=0.01),
+    "data/evaluation": Tolerance(relative=1e-3, absolute=0.014),  # perplexity; accuracy: one of 75 records
+    "results": Tolerance(relative=1e-3, absolute=0.014),
 }
 #: What a result says about its own making. The digests in `data` are those of artifacts that are compared themselves.
 MAKING = ("seconds", "peak_memory_bytes", "versions", "git_commit", "mlflow_run_id", "data")
