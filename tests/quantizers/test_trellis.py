@@ -138,3 +138,15 @@ def test_compiled_variants_of_several_processes_work_together(tmp_path: Path) ->
     for names in (["2"], ["1", "1.5"], ["1", "1.5", "2", "3"], ["2", "3"]):
         command = [sys.executable, "-c", VARIANTS, *(f"trellis-{name}" for name in names)]
         subprocess.run(command, check=True, env=environment)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_rows_that_seem_to_count_for_nothing_are_no_noise(share: float) -> None:
+    """They are nearer to their weights than zeros would be; a calibration text may only not have reached them."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(32, 512, generator=generator)
+    dead = torch.rand(512, generator=generator) < share
+    coded = entry("trellis-2").encode(columns.clone(), Fit(torch.ones(512)), (~dead).float(), torch.eye(32))
+    errors = (coded.decoded - columns).square().mean(0)
+    assert errors[dead].mean() < 0.7
+    assert share == 1 or errors[~dead].mean() < 1.1 * DISTORTION[2.0, WINDOW]

@@ -7,7 +7,7 @@ from torch import Tensor
 from windquant.kernels import quantize
 from windquant.quantizers import Coded, Fit
 from windquant.quantizers.scalar import CLIPS, ROUNDS, Scalar
-from windquant.quantizers.trellis import Trellis, table, tile_rows
+from windquant.quantizers.trellis import Trellis, row_weights, table, tile_rows
 from windquant.storage import Pattern, stream_bytes
 
 EXACT = {"enable_fp_fusion": False}  # products are rounded before they are added, as on a CPU
@@ -41,16 +41,14 @@ def encode(entry: Scalar | Trellis, columns: Tensor, found: Fit, importance: Ten
             OFFSET=entry.has_offset, SIDE=triton.next_power_of_2(width), BLOCK=block, **EXACT,
         )  # fmt: skip
     else:
-        weights = importance * found.scale.square()
-        weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        weights, values = row_weights(importance, found.scale), table(entry.window).to(columns.device)
         tile = tile_rows(rows, entry.tile)
         streams = triton.cdiv(rows, tile)
         previous = torch.empty(streams, tile, 1 << entry.window, dtype=torch.uint8, device=columns.device)
         even, odd = entry.pattern
         quantize.search[(streams,)](
-            columns, found.scale, weights, feedback, table(entry.window).to(columns.device), codes, decoded, errors,
-            previous, rows, width, tile, EVEN=even, ODD=odd, WINDOW=entry.window,
-            BLOCK=triton.next_power_of_2(tile), num_warps=8, **EXACT,
+            columns, found.scale, weights, feedback, values, codes, decoded, errors, previous, rows, width, tile,
+            EVEN=even, ODD=odd, WINDOW=entry.window, BLOCK=triton.next_power_of_2(tile), num_warps=8, **EXACT,
         )  # fmt: skip
     return Coded(codes, decoded, errors)
 

@@ -44,6 +44,7 @@ DISTORTION = {
 SHRINK = {1.0: 0.88, 1.5: 0.97, 2.0: 1.02, 2.5: 1.05, 3.0: 1.09, 3.5: 1.1, 4.0: 1.11}
 SEED = 0x57494E44  # of the table's shuffle; part of the format, as is
 TILE = 512  # most rows of one stream
+LEAST = 0.1  # what a row counts in its stream at least, of the mean
 
 
 @lru_cache(maxsize=8)
@@ -98,6 +99,16 @@ def packed_states(packed: Tensor, rows: int, pattern: Pattern, window: int, tile
     return result
 
 
+def row_weights(importance: Tensor, scale: Tensor) -> Tensor:
+    """What an error of a row, in its scale, counts in its stream, float32 [rows], one on average.
+
+    Never nothing: rows share their streams' codes, and one that counted for nothing would get what suits the others.
+    That is noise where the calibration text has only not reached it (a neuron behind a ReLU that has not fired yet).
+    """
+    weights = importance * scale.square()
+    return (weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(LEAST)
+
+
 @dataclass(frozen=True)
 class Trellis:
     name: str
@@ -116,12 +127,10 @@ class Trellis:
     def encode(self, columns: Tensor, fit: Fit, importance: Tensor, feedback: Tensor) -> Coded:
         from windquant.quantizers.viterbi import compiled
 
-        weights = importance * fit.scale.square()
-        weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
         codes, decoded, errors = compiled(*self.pattern, self.window)(
             columns.contiguous().numpy(),
             np.ascontiguousarray(fit.scale.numpy()),
-            np.ascontiguousarray(weights.numpy()),
+            np.ascontiguousarray(row_weights(importance, fit.scale).numpy()),
             np.ascontiguousarray(feedback.numpy()),
             table(self.window).numpy(),
             tile_rows(columns.shape[1], self.tile),
