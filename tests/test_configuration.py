@@ -109,6 +109,8 @@ def test_a_models_own_section_wins_over_the_shared_one_and_that_over_the_default
         ({"models": {"a": {"source": "folder"}}}, "models.a.path: missing"),
         ({"models": {"a": {"source": "disk"}}}, "models.a.source: 'disk' is not one of"),
         ({"models": {"a_b": HUB}}, "models: 'a_b' is no name for a model"),
+        ({"models": {"my-model (1)": HUB}}, "models: 'my-model (1)' is no name for a model: letters and digits"),
+        ({"models": {"-a": HUB}}, "models: '-a' is no name for a model"),
         ({"models": {"a": {**HUB, "pth": "x"}}}, "models.a.pth: unknown key; did you mean models.a.path?"),
         ({"models": {"a": HUB}, "recoverry": {}}, "recoverry: unknown key; did you mean recovery?"),
         ({"models": {"a": HUB}, "recovery": {"step": 1}}, "recovery.step: unknown key; did you mean recovery.steps?"),
@@ -120,7 +122,20 @@ def test_a_models_own_section_wins_over_the_shared_one_and_that_over_the_default
         ),
         ({"models": {"a": HUB}, "units": {"chunk": 0}}, "units.chunk: 0 is less than the minimum of 1"),
         ({"models": {"a": HUB}, "units": {"chunk": "many"}}, "units.chunk: 'many' is not of type 'integer'"),
-        ({"models": {"a": HUB}, "units": {"protected": 1.5}}, "units.protected: 1.5 is greater than the maximum of 1"),
+        ({"models": {"a": HUB}, "units": {"protected": 1.5}}, "units.protected: 1.5 is greater than"),
+        ({"models": {"a": HUB}, "units": {"protected": 1}}, "units.protected: 1 is greater than or equal to"),
+        ({"models": {"a": HUB}, "units": {"window": 9}}, "units.window: 9 is not one of [8, 10, 12]"),
+        ({"models": {"a": HUB}, "search": {"n_envs": 1}}, "search.n_envs: 1 is less than the minimum of 2"),
+        ({"models": {"a": HUB}, "search": {"targets": []}}, "search.targets: []"),
+        (
+            {"models": {"a": HUB}, "search": {"targets": [4, 1]}},
+            "search.targets: [4, 1] ends below its beginning; give from, to, as in [1, 4]",
+        ),
+        ({"models": {"a": {**HUB, "search": {"targets": [4, 1]}}}}, "models.a.search.targets: [4, 1] ends below"),
+        (
+            {"models": {"a": HUB}, "ablations": {"x": {"y": {"search": {"targets": [4, 1]}}}}},
+            "ablations.x.y.search.targets: [4, 1] ends below",
+        ),
         ({"models": {"a": HUB}, "recovery": {"steps": True}}, "recovery.steps: True is not of type 'integer', 'null'"),
         ({"models": {"a": HUB}, "evaluation": {"tasks": "cloze"}}, "evaluation.tasks: 'cloze' is not of type 'array'"),
         ({"models": {"a": HUB}, "seed": -1}, "seed: -1 is less than the minimum of 0"),
@@ -131,6 +146,20 @@ def test_what_is_refused(config: dict[str, Any], message: str) -> None:
         configuration.validate(config, SCHEMA)
     assert str(caught.value).startswith(f"configuration: {message}")
     assert "\n" not in str(caught.value)
+
+
+def numbers() -> dict[str, dict[str, Any]]:
+    """The schema of every number in the configuration, also of those in a list."""
+    sections = {"": SCHEMA, **{f"{name}.": SCHEMA["$defs"][name] for name in schema_module.SECTIONS}}
+    keys = {f"{name}{key}": value for name, part in sections.items() for key, value in part["properties"].items()}
+    found = {key: value.get("items", value) for key, value in keys.items()}
+    return {key: value for key, value in found.items() if re.search("integer|number", str(value.get("type")))}
+
+
+@pytest.mark.parametrize("key", numbers())
+def test_every_number_has_a_lower_bound(key: str) -> None:
+    """So that a wrong one is refused before anything runs."""
+    assert {"minimum", "exclusiveMinimum", "enum"} & numbers()[key].keys()
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
@@ -151,6 +180,25 @@ def test_unknown_models_bits_and_allocators() -> None:
     assert configuration.check_bits("2.0") == 2.0
 
 
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("m_2.0bits.json", "ppo"),
+        ("qwen3-0.6b_2bits.greedy.json", "greedy"),
+        ("m_2.0bits.ppo-chunk32.json", "ppo-chunk32"),
+        ("m_2.0bits.ppo-1.json", "ppo-1"),
+        ("m_2.0bits.layer-chunk32-1.json", "layer-chunk32-1"),
+        ("result.json", None),
+        ("m_2.0bits.copy.json", None),
+    ],
+)
+def test_what_a_results_name_says(name: str, variant: str | None) -> None:
+    found = configuration.variant_of(Path("results") / name)
+    assert (found and found.name) == variant
+    if found:
+        assert configuration.variant(found.name, ["chunk32"]) == found
+
+
 def test_unreadable_configurations(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(WindquantError, match="No such file"):
@@ -164,10 +212,10 @@ def test_unreadable_configurations(tmp_path: Path) -> None:
 
 
 def test_local_files(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+    for name in ("config.json", "model.safetensors", "LICENSE.txt", "pytorch_model.bin"):
         (tmp_path / name).touch()
     files = configuration.local_files("models.a", {"source": "folder", "path": str(tmp_path)}, {"source": "path"})
-    assert files == [str(tmp_path / "config.json"), str(tmp_path / "model.safetensors")]
+    assert files == [str(tmp_path / name) for name in ("LICENSE.txt", "config.json", "model.safetensors")]
     assert configuration.local_files("models.a", {"source": "hub", "path": "ignored"}, {"source": "path"}) == []
     with pytest.raises(WindquantError, match=r"models\.a\.path: 'nowhere' is neither a file nor a folder"):
         configuration.local_files("models.a", {"source": "folder", "path": "nowhere"}, {"source": "path"})

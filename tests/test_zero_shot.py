@@ -233,6 +233,7 @@ def test_the_files_of_tasks_are_known_beforehand(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (("--tasks", "no_such_task"), ("evaluation.tasks", "no_such_task")),
+        (("--tasks", "mmlu"), ("evaluation.tasks", "mmlu", "no groups")),
         (("--tasks", "piqa", "--data-dir", "nowhere"), ("evaluation.data_dir", "piqa.validation.jsonl")),
         (("--tasks", "piqa", "--data-dir", "{folder}"), ("evaluation.data_dir", "piqa", "columns")),
         (("--tasks", "boolq"), ("evaluation.tasks", "boolq", "evaluation.data_dir")),
@@ -260,3 +261,10 @@ def test_missing_records_are_named(tiny_model_folder: Path, tmp_path: Path, caps
     with pytest.raises(SystemExit):
         evaluate(tiny_model_folder, tmp_path / "empty", tmp_path / "x.json")
     assert "cloze needs held-out articles" in capsys.readouterr().err
+
+
+def test_a_task_that_measures_no_accuracy_is_refused_before_it_runs(tmp_path: Path) -> None:
+    file = tmp_path / "gsm8k.jsonl"
+    file.write_text(json.dumps({"question": "1 + 1?", "answer": "2 #### 2"}))
+    with pytest.raises(WindquantError, match=r"gsm8k measures no accuracy \(acc\) but exact_match"):
+        zero_shot.load_tasks({"gsm8k": {"train": file, "test": file}}, tmp_path)

@@ -31,7 +31,7 @@ LOWEST_BITS, HIGHEST_BITS = 1.0, 16.0  # the bank knows the exact lowest ones: t
 
 #: Sources that are read from a path, and what a local model's folder is made of, as far as it is read.
 LOCAL_SOURCES = ("folder", "file", "rows")
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,20 @@ def validate(config: Config, schema: Config) -> dict[str, Any]:
     errors = sorted(validator.iter_errors(checked), key=_severity)
     if errors:
         raise WindquantError(f"configuration: {_message(errors[0], schema)}")
+    _check_targets(checked)
     return checked
+
+
+def _check_targets(config: Config, where: str = "") -> None:
+    """WindquantError for a range that ends below its beginning, in any entry or change: a schema cannot say that."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_targets(value, _join(where, key))
+        elif _join(where, key).endswith("search.targets") and value != sorted(value):
+            raise WindquantError(
+                f"configuration: {_join(where, key)}: {value} ends below its beginning; give from, to, as in "
+                f"{sorted(value)}"
+            )
 
 
 def resolve(config: Config, schema: Config, model: str) -> dict[str, Any]:
@@ -151,8 +164,15 @@ class Variant:
     change: str = ""  # of an ablation
     seed: int | None = None  # none: the configuration's
 
+    @property
+    def name(self) -> str:
+        """As files are called, e.g. "ppo-chunk32-1"."""
+        seed = "" if self.seed is None else str(self.seed)
+        return "-".join(filter(None, (self.allocator, self.change, seed)))
+
 
 NAME = re.compile(r"(?P<allocator>[a-z]+)(-(?P<change>[a-z][a-z0-9]*))?(-(?P<seed>\d+))?")
+RESULT = re.compile(rf"[^/_]+_\d+(\.\d+)?bits(\.{NAME.pattern})?\.json")
 
 
 def variant(text: str, known: Iterable[str]) -> Variant:
@@ -162,11 +182,24 @@ def variant(text: str, known: Iterable[str]) -> Variant:
         raise WindquantError(
             f"{text}: give an allocator, a change and a seed, as in ppo-chunk32-1; the last two may miss"
         )
-    change = found["change"] or ""
-    if change and change not in known:
-        hint = did_you_mean(change, known)
-        raise WindquantError(f"unknown change {change}{hint}; the ablations have {', '.join(known) or 'none'}")
-    return Variant(check_allocator(found["allocator"]), change, None if found["seed"] is None else int(found["seed"]))
+    parsed = _variant(found)
+    if parsed.change and parsed.change not in known:
+        hint = did_you_mean(parsed.change, known)
+        raise WindquantError(f"unknown change {parsed.change}{hint}; the ablations have {', '.join(known) or 'none'}")
+    check_allocator(parsed.allocator)
+    return parsed
+
+
+def variant_of(result: Path) -> Variant | None:
+    """What the name of a result's file says (an empty one is PPO); None for a name that the workflow does not give."""
+    found = RESULT.fullmatch(result.name)
+    return _variant(found) if found and (found["allocator"] or "ppo") in ALLOCATORS else None
+
+
+def _variant(found: re.Match[str]) -> Variant:
+    """Of a match of NAME."""
+    seed = found["seed"]
+    return Variant(found["allocator"] or "ppo", found["change"] or "", None if seed is None else int(seed))
 
 
 def changed(resolved: Config, sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -217,7 +250,7 @@ def local_files(where: str, entry: Config, keys: Mapping[str, str]) -> list[str]
         if entry[source] in LOCAL_SOURCES:
             path = Path(str(entry.get(key) or "")).expanduser()
             if path.is_dir():
-                files += sorted(str(file) for pattern in MODEL_FILES for file in path.glob(pattern))
+                files += sorted({str(file) for pattern in MODEL_FILES for file in path.glob(pattern)})
             elif path.is_file():
                 files.append(str(path))
             else:

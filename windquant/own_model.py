@@ -84,10 +84,11 @@ def quantize(
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
     shared = configuration.load(ROOT / "config" / "config.yaml")
     document = configuration.validate(anchored(shared) | {"models": {name: anchored(entry)}}, schema)
+    check_output(out)
+    out = out.resolve()  # "." has no name
     work = work or out.with_name(f"{out.name}.work")
     target = Path("results") / f"{name}_{number}bits{'' if allocator == 'ppo' else f'.{allocator}'}.json"
     checkpoint = work / "data" / "checkpoints" / f"{name}_{number}bits.{allocator}" / "quantized"
-    check_output(out)
     (work / "config").mkdir(parents=True, exist_ok=True)
     atomic.write_text(work / "config" / "config.yaml", yaml.safe_dump(document, sort_keys=False))
     run_workflow(work, target, cores, dry_run)
@@ -124,15 +125,17 @@ def describe(model: str, text: str | None) -> tuple[str, dict[str, Any]]:
         text = "articles"
     if text == "articles":
         entry |= WITHOUT_HUB
-    elif text not in (None, "hub"):
-        file = Path(str(text)).expanduser()
+    elif text == "hub":  # what all models share: a ready one may have texts of its own
+        entry = {key: value for key, value in entry.items() if key not in WITHOUT_HUB}
+    elif text is not None:
+        file = Path(text).expanduser()
         if not file.is_file():
             raise WindquantError(f"--text {text}: no such file; give a text file, articles or hub")
         entry["calibration"] = {"source": "file", "path": str(file.resolve()), "whole": False, "test_source": "same"}
         entry["evaluation"] = {"tasks": [], "windows": 16}
     if entry["source"] == "folder":
         entry |= units(narrowest(path))
-    return re.sub(r"[/_\s]+", "-", name.lower()), entry
+    return re.sub(r"[^a-z0-9.+-]+", "-", name.lower()).strip(".+-") or "model", entry  # names of files, in a shell too
 
 
 def units(hidden: int) -> dict[str, Any]:
@@ -142,16 +145,15 @@ def units(hidden: int) -> dict[str, Any]:
     return {"units": {"chunk": max(64, min(256, hidden // 3 // 64 * 64)), "protected": 0.0}}  # a third, in 64s
 
 
-def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
+def anchored(settings: Mapping[str, Any], folder: Path = ROOT) -> dict[str, Any]:
     """The settings with the paths in them absolute: in the project's configuration they start at its folder."""
     return {
-        key: anchored(value)
+        key: anchored(value, folder)
         if isinstance(value, Mapping)
-        else str(ROOT / Path(value).expanduser())
-        if key in PATHS and value
+        else str(folder / Path(value).expanduser())
+        if key in PATHS and isinstance(value, str) and value
         else value
         for key, value in settings.items()
-        if key != "models"
     }
 
 
@@ -165,16 +167,20 @@ def narrowest(folder: Path) -> int:
 
 
 def apply(entry: dict[str, Any], change: str) -> None:
-    """Set "section.key=value" in a model's entry; the schema checks it afterwards."""
+    """Set "section.key=value" in a model's entry, a path from the current folder; the schema checks it afterwards."""
     where, sign, value = change.partition("=")
     section, dot, key = where.partition(".")
     if not sign or not section:
         raise WindquantError(f"--set {change}: give KEY=VALUE, e.g. recovery.steps=200; see config/README.md")
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise WindquantError(f"--set {change}: {value} is not YAML; a text needs quotes, {where}='\"...\"'") from error
     if dot:
-        entry[section] = {**entry.get(section, {}), key: parsed}
+        own = entry.get(section)
+        entry[section] = {**(own if isinstance(own, Mapping) else {}), **anchored({key: parsed}, Path.cwd())}
     else:
-        entry[section] = parsed
+        entry |= anchored({section: parsed}, Path.cwd())
 
 
 def check_output(out: Path) -> None:

@@ -31,14 +31,16 @@ SECTIONS = {
     "evaluation": "Perplexity and zero-shot tasks, the same for the original and the quantized model.",
 }
 MODELS = "The models that can be asked for: the name in results/<model>_<bits>bits.json, and where it comes from."
+NAMES = "is no name for a model: letters and digits, and behind the first one also . + -"
 MODEL = "Every section below can be repeated in a model's entry; it holds for that model alone."
 SEED = "Of every random choice."
+BITS: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0, "maximum": 16}
 #: What compares results: type, default, description. A model's entry may have its own.
 CHANGE = "what a change replaces"
 STUDIES: dict[str, dict[str, Any]] = {
     "budgets": {
         "type": "array",
-        "items": {"type": "number", "exclusiveMinimum": 0, "maximum": 16},
+        "items": BITS,
         "minItems": 1,
         "default": [1.75, 2.0, 2.25, 2.5, 3.0, 4.0],
         "description": "bits of the results in results/<model>.pareto.csv and its picture",
@@ -73,14 +75,39 @@ STUDIES: dict[str, dict[str, Any]] = {
 LIMITS: dict[str, dict[str, Any]] = {
     "calibration.samples": {"minimum": 1},
     "calibration.length": {"minimum": 2},
+    "calibration.reward_samples": {"minimum": 2},
+    "calibration.reward_length": {"minimum": 2},
+    "calibration.recovery_samples": {"minimum": 1},
+    "calibration.recovery_length": {"minimum": 2},
     "calibration.context": {"minimum": 2},
+    "calibration.cloze_records": {"minimum": 0},
+    "calibration.next_sentence_records": {"minimum": 0},
+    "statistics.batch": {"minimum": 1},
+    "statistics.samples": {"minimum": 1},
+    "statistics.fisher_samples": {"minimum": 1},
     "units.chunk": {"minimum": 1},
+    "units.protected": {"minimum": 0, "exclusiveMaximum": 1},
+    "units.window": {"enum": [8, 10, 12]},
     "units.jobs": {"minimum": 1},
-    "units.protected": {"minimum": 0, "maximum": 1},
+    "search.evaluations": {"minimum": 0},
+    "search.reward_tokens": {"minimum": 2},
+    "search.targets": {"items": BITS, "minItems": 1, "maxItems": 2},
+    "search.curriculum": {"items": BITS},
+    "search.episodes": {"minimum": 1},
+    "search.epochs": {"minimum": 1},
+    "search.learning_rate": {"exclusiveMinimum": 0},
+    "search.n_envs": {"minimum": 2},
+    "search.hidden": {"minimum": 1},
+    "quantize.batch": {"minimum": 1},
     "recovery.steps": {"minimum": 0},
+    "recovery.gain_rate": {"minimum": 0},
+    "recovery.norm_rate": {"minimum": 0},
+    "recovery.warmup": {"minimum": 0},
     "recovery.rounding": {"minimum": 0},
     "evaluation.windows": {"minimum": 0},
     "evaluation.batch": {"minimum": 1},
+    "evaluation.limit": {"minimum": 0},
+    "evaluation.batch_size": {"minimum": 1},
 }
 
 
@@ -113,7 +140,7 @@ def schema() -> dict[str, Any]:
                 "description": MODELS,
                 "type": "object",
                 "minProperties": 1,
-                "propertyNames": {"pattern": "^[^/_]+$", "description": "is no name for a model: no slash, no _"},
+                "propertyNames": {"pattern": "^[A-Za-z0-9][A-Za-z0-9.+-]*$", "description": NAMES},
                 "additionalProperties": {"$ref": "#/$defs/model"},
             },
             "seed": seed,
@@ -186,8 +213,10 @@ def _default(value: Mapping[str, Any]) -> str:
 
 
 def _choices(value: Mapping[str, Any]) -> str:
+    """Those of a text; those of a number stand in its description."""
     inner = value.get("items", value)
-    return f" (one of {', '.join(f'`{choice}`' for choice in inner['enum'])})" if "enum" in inner else ""
+    words = "enum" in inner and inner.get("type") == "string"
+    return f" (one of {', '.join(f'`{choice}`' for choice in inner['enum'])})" if words else ""
 
 
 class _Dumper(yaml.SafeDumper):

@@ -17,8 +17,10 @@ from typing import Any
 from windquant.errors import WindquantError
 
 TIMEOUT = 10  # seconds to wait for the Hub's answer
-#: Weights, index, configuration and tokenizer of a Hub model; no pickles, no code, no second copy in a subfolder.
-WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja")
+#: Of a Hub model: weights, index, configuration, tokenizer and licence; no pickles, code or second copy in a subfolder.
+WANTED = (
+    "*.safetensors", "*.json", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 UNWANTED = ("*/*", "consolidated*")
 
 

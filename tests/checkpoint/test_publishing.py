@@ -1,5 +1,6 @@
 """What goes to the Hub: the checkpoint as it is, with a card that says how good it is and how it was made."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.checkpoint.making import Made
 from windquant.__main__ import main
+from windquant.checkpoint import card
 from windquant.result_file import ARTIFACTS, LEARNED, STEPS
 
 
@@ -44,7 +46,7 @@ def test_the_folder_for_the_hub(whole: Made, tmp_path: Path) -> None:
     target = tmp_path / "hub"
     result = result_of(whole, tmp_path)
     assert main(["publish", str(whole.folder), "user/name", "--result", str(result), "--folder", str(target)]) == 0
-    card = (target / "README.md").read_text()
+    text = (target / "README.md").read_text()
     for words in (
         f"effective bits (all stored tensors of the quantized linears) | {whole.measured.effective_bits:.4f}",
         "perplexity, wikipedia | 19.00 | 31.69",
@@ -52,11 +54,28 @@ def test_the_folder_for_the_hub(whole: Made, tmp_path: Path) -> None:
         "snakemake --cores all results/llama_16.0bits.random.json",
         "trellis-2",
     ):
-        assert words in card
+        assert words in text
     assert "Quality" not in (whole.folder / "README.md").read_text(), "the checkpoint itself stays as it is"
     for name in ("model.safetensors", "plan.json", "config.json", "tokenizer.json"):
         assert (target / name).read_bytes() == (whole.folder / name).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(target).num_parameters() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "allocator", "seed", "file"),
+    [
+        ("m_2.0bits.ppo-chunk32-1", "ppo", 1, "m_2.0bits.ppo-chunk32-1"),
+        ("m_2bits.ppo-chunk32", "ppo", 0, "m_2bits.ppo-chunk32"),
+        ("result", "ppo", 0, "m_2.0bits"),
+        ("result", "greedy", 0, "m_2.0bits.greedy"),
+        ("", "ppo", 1, "m_2.0bits.ppo-1"),
+    ],
+)
+def test_the_command_makes_the_same_checkpoint(whole: Made, name: str, allocator: str, seed: int, file: str) -> None:
+    plan = dataclasses.replace(whole.plan, model="m", target_bits=2.0, allocator=allocator, seed=seed)
+    result = {"perplexity": {}, "zero_shot": {}, "config_sha256": "0" * 64}
+    text = card.card(plan, whole.layouts, 2.0, 4.0, 100, result, name)
+    assert f"snakemake --cores all results/{file}.json\n\nwith seed {seed}" in text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The files are laid out before the tensors come, and are what safetensors and transformers would write."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.checkpoint.making import Made
-from windquant import checkpoint, streaming
+from windquant import checkpoint, sources, streaming
 from windquant.checkpoint import writing
 from windquant.checkpoint.header import DTYPES, Entry, lay_out, put, tensors as read
 from windquant.errors import WindquantError
@@ -43,6 +44,16 @@ def test_a_tensor_of_another_shape_has_no_place(tmp_path: Path) -> None:
     places = lay_out(tmp_path / "file", {"one": torch.ones(3)})
     with pytest.raises(ValueError, match=r"\[4\] has no place at float32 \[3\]"):
         put(places["one"], torch.ones(4))
+
+
+def test_the_licence_travels_with_the_checkpoint(whole: Made, tmp_path: Path) -> None:
+    theirs = Path(shutil.copytree(whole.source, tmp_path / "theirs"))
+    (theirs / "LICENSE").write_text("terms")
+    sources.link_folder("models.m.path", theirs, tmp_path / "model")
+    packed, others = whole.tensors.items(), streaming.parameters(whole.model, whole.layouts)
+    folder = tmp_path / "packed"
+    checkpoint.write(folder, whole.model, whole.layouts, packed, others, whole.plan, tmp_path / "model")
+    assert (folder / "LICENSE").read_text() == "terms"
 
 
 def test_linears_come_in_any_order_and_files_are_several(

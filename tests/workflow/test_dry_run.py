@@ -83,7 +83,7 @@ def test_all_budgets_share_one_search(folder: Path, snakemake: Snakemake) -> Non
     assert jobs["search"] == jobs["bank"] == jobs["pareto"] == jobs["pareto_picture"] == 1
     assert jobs["allocation"] == jobs["result"] == 6
     assert "results/smollm2-135m_2.25bits.json" in done.stdout
-    done = snakemake(folder, "-n", "results/smollm2-135m.pareto.csv", "--config", "budgets=[2,3]")
+    done = snakemake(folder, "-np", "results/smollm2-135m.pareto.csv", "--config", "budgets=[2,3]")
     assert "results/smollm2-135m_2.0bits.json" in done.stdout, "2 and 2.0 are one budget"
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from tests.workflow.commands import run, windquant
 from tests.workflow.conftest import BITS, tiny_config
-from windquant import checkpoint, own_model
+from windquant import checkpoint, configuration, own_model
 from windquant.errors import WindquantError
 
 SMALL = [
@@ -67,6 +67,10 @@ def test_one_line_makes_a_checkpoint_with_its_card(folder: Path, tiny_model_fold
             "recovery.steps: 'x' is not of type 'integer'",
         ),
         (["a/b", "--bits", "2", "--out", "o", "--set", "recovery"], "--set recovery: give KEY=VALUE"),
+        (["a/b", "--bits", "2", "--out", "o", "--set", "units.order=@x"], "--set units.order=@x: @x is not YAML"),
+        (["a/b", "--bits", "2", "--out", "o", "--set", "source.x=1"], "models.b.source: {'x': 1} is not"),
+        (["a/b", "--bits", "2", "--out", "o", "--set", "calibration.path=5"], "calibration.path: 5 is not of type"),
+        (["a/b", "--bits", "2", "--out", "."], "--out .: exists already"),
         (["config", "--bits", "2", "--out", "o"], "config: no config.json"),
         (["a/b", "--bits", "2", "--out", "config"], "--out config: exists already"),
         (["a/b", "--bits", "2", "--out", "Snakefile"], "--out Snakefile: exists already"),
@@ -81,6 +85,30 @@ def test_bad_input_is_one_line_before_any_work(
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (folder / "o.work").exists()
+
+
+def test_paths_start_where_the_caller_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(own_model, "run_workflow", lambda *_: None)
+    sets = ["calibration.path=mine.txt", "calibration.source=file", "evaluation={data_dir: tasks}"]
+    own_model.quantize("a/b", "2.0", Path(), changes=sets, dry_run=True)
+    entry = yaml.safe_load((tmp_path / "here.work" / "config" / "config.yaml").read_text())["models"]["b"]
+    assert entry["calibration"] == {"path": str(tmp_path / "here" / "mine.txt"), "source": "file"}
+    assert entry["evaluation"] == {"data_dir": str(tmp_path / "here" / "tasks")}
+
+
+@pytest.mark.parametrize(
+    ("folder_name", "name"),
+    [("My model (1)", "my-model-1"), ("a&b;c$d", "a-b-c-d"), (".hidden_", "hidden"), ("模型", "model")],
+)
+def test_a_folder_gives_a_name_that_is_safe_in_a_shell(tmp_path: Path, folder_name: str, name: str) -> None:
+    (tmp_path / folder_name).mkdir()
+    (tmp_path / folder_name / "config.json").write_text("{}")
+    found, entry = own_model.describe(str(tmp_path / folder_name), None)
+    assert found == name
+    schema = configuration.load(own_model.ROOT / "workflow" / "schemas" / "config.schema.yaml")
+    configuration.validate({"models": {found: entry}}, schema)
 
 
 def test_a_failed_step_gives_its_reason_last(folder: Path) -> None:
@@ -113,6 +141,8 @@ def test_a_ready_model_keeps_its_settings() -> None:
     assert (name, entry["source"], entry["units"]["chunk"]) == ("smollm2-135m", "embedded", 192)
     name, entry = own_model.describe("Qwen/Qwen3_0.6B", None)
     assert (name, entry) == ("qwen3-0.6b", {"source": "hub", "id": "Qwen/Qwen3_0.6B"})
-    assert own_model.anchored({"calibration": {"path": "a/b", "source": "file"}, "models": {}}) == {
+    _, entry = own_model.describe("smollm2-135m", "hub")
+    assert not {"calibration", "evaluation"} & entry.keys(), "the shared ones hold"
+    assert own_model.anchored({"calibration": {"path": "a/b", "source": "file"}}) == {
         "calibration": {"path": str(own_model.ROOT / "a/b"), "source": "file"}
     }

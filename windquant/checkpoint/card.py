@@ -1,5 +1,6 @@
 """The model card of a packed checkpoint."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,11 +20,16 @@ def shares(layouts: Mapping[str, Layout]) -> dict[str, float]:
     return {name: count / total for name, count in counts.items() if count}
 
 
-def command(plan: Plan) -> str:
-    """The workflow's command that makes the checkpoint and its result."""
-    name = f"{plan.model}_{float(plan.target_bits)}bits"
-    suffix = "" if plan.allocator == "ppo" else f".{plan.allocator}"
-    return f"snakemake --cores all results/{name}{suffix}.json"
+def command(plan: Plan, name: str = "") -> str:
+    """The workflow's command that makes the checkpoint and its result.
+
+    name: of the result's file, without ".json". Where it is not one that the workflow gives, the plan tells allocator
+    and seed, but not the change of an ablation.
+    """
+    if not re.fullmatch(rf"{re.escape(plan.model)}_[\d.]+bits(\..+)?", name):
+        variant = plan.allocator if plan.seed == 0 else f"{plan.allocator}-{plan.seed}"
+        name = f"{plan.model}_{float(plan.target_bits)}bits{'' if variant == 'ppo' else f'.{variant}'}"
+    return f"snakemake --cores all results/{name}.json"
 
 
 def quality(result: Mapping[str, Any]) -> str:
@@ -38,6 +44,14 @@ def quality(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def making(plan: Plan, result: Mapping[str, Any], name: str = "") -> str:
+    """How a result was made, as a section of the card: the command, its seed, and which configuration it needs."""
+    return (
+        f"## How it was made\n\n    {command(plan, name)}\n\nwith seed {plan.seed}, under the configuration with the "
+        f"digest `{result['config_sha256']}`.\n"
+    )
+
+
 def card(
     plan: Plan,
     layouts: Mapping[str, Layout],
@@ -45,12 +59,16 @@ def card(
     checkpoint_bits: float,
     measured_bytes: int,
     result: Mapping[str, Any] | None = None,
+    name: str = "",
 ) -> str:
     """README.md of the checkpoint; with the result of its evaluation also what that found, and the command.
 
-    A checkpoint is written before it is evaluated, so that its own card has no `result` yet.
+    name: of the result's file, as in `command`. A checkpoint is written before it is evaluated, so that its own card
+    has no `result` yet.
     """
-    evaluated = "" if result is None else f"{quality(result)}\n## How it was made\n\n    {command(plan)}\n"
+    evaluated = ""
+    if result is not None:
+        evaluated = f"{quality(result)}\n{making(plan, result, name)}"
     form = next(iter(layouts.values())).format
     rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in shares(layouts).items())
     return f"""---

@@ -51,7 +51,8 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
             f"{plan.allocator} at {measured.effective_bits:.4f}; give its own result"
         )
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*"))
-    text = card(plan, layouts, measured.effective_bits, measured.checkpoint_bits, measured.measured_bytes, found)
+    bits = measured.effective_bits, measured.checkpoint_bits
+    text = card(plan, layouts, *bits, measured.measured_bytes, found, result.stem)
     (folder / "README.md").write_text(text)
 
 

@@ -93,7 +93,7 @@ def _state(model: "PreTrainedModel", layouts: Mapping[str, Layout], dtype: torch
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             state[name] = torch.empty(tensor.shape, dtype=kind, device="meta")
     for name, layout in layouts.items():
-        for key, (shape, kind) in layout.shapes().items():
+        for key, (shape, kind) in layout.shapes.items():
             state[f"{name}.{key}"] = torch.empty(shape, dtype=kind, device="meta")
     return state
 
@@ -122,8 +122,8 @@ def _checked(
     """The tensors of all linears by their full names; ValueError for those that do not fit their layout."""
     for name, tensors in packed:
         found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-        if found != layouts[name].shapes():
-            raise ValueError(f"{name}: tensors {found} do not fit the layout {layouts[name].shapes()}")
+        if found != layouts[name].shapes:
+            raise ValueError(f"{name}: tensors {found} do not fit the layout {layouts[name].shapes}")
         yield from ((f"{name}.{key}", tensor) for key, tensor in tensors.items())
 
 

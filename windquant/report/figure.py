@@ -1,6 +1,6 @@
 """What every picture of the report has: a sentence that says what it shows, its numbers, and the command for them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from windquant.configuration import ALLOCATORS
@@ -33,14 +33,23 @@ def make(*targets: object) -> str:
     return f"snakemake --cores all {' '.join(names)}"
 
 
-def series(allocator: str) -> int:
-    """The colour and mark of an allocator, the same in all pictures."""
-    return ALLOCATORS.index(allocator) % PEERS if allocator in ALLOCATORS else PEERS
+def series(names: Iterable[str]) -> dict[str, int]:
+    """Colour and mark of every variant, in the order of a legend.
+
+    An allocator has its own in all pictures; with a change or another seed it gets one that none of these has, as long
+    as there are any.
+    """
+    found = set(names)
+    own = {name: place % PEERS for place, name in enumerate(ALLOCATORS) if name in found}
+    free = [place for place in range(PEERS) if place not in own.values()] or list(range(PEERS))
+    others = {name: free[place % len(free)] for place, name in enumerate(sorted(found - own.keys()))}
+    return own | others
 
 
-def key(names: Iterable[str], extra: Sequence[tuple[str, int]] = (), hollow: Sequence[tuple[str, int]] = ()) -> str:
-    known = [name for name in ALLOCATORS if name in (found := set(names))]
-    return legend([(name, series(name)) for name in [*known, *sorted(found - set(known))]] + list(extra), hollow)
+def key(marks: Mapping[str, int], names: Iterable[str], extra: Sequence[tuple[str, int]] = ()) -> str:
+    """The legend of those `names` that a picture shows, out of `series`."""
+    shown = set(names)
+    return legend([(name, mark) for name, mark in marks.items() if name in shown] + list(extra))
 
 
 def running(values: Sequence[float]) -> list[float]:

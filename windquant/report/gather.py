@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from windquant import result_file
+from windquant import configuration, result_file
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -26,8 +26,20 @@ class Experiment:
 
     @property
     def title(self) -> str:
-        """E.g. "smollm2-135m at 2 bits, ppo"."""
-        return f"{self.result['model']} at {self.result['target_bits']:g} bits, {self.result['allocator']}"
+        """E.g. "smollm2-135m at 2 bits, ppo-chunk64-1"."""
+        return f"{self.result['model']} at {self.result['target_bits']:g} bits, {self.variant}"
+
+    @property
+    def variant(self) -> str:
+        """Allocator, change and seed, as the file is called; of a file with a name of its own the allocator alone."""
+        allocator = str(self.result["allocator"])
+        named = configuration.variant_of(self.path)
+        return named.name if named and named.allocator == allocator else allocator
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The zero-shot tasks that its mean accuracy is of."""
+        return tuple(sorted(self.result["zero_shot"]))
 
     @property
     def slug(self) -> str:
@@ -109,6 +121,20 @@ def experiment(path: Path) -> Experiment:
 def quality(entry: Mapping[str, Any]) -> float:
     """Perplexity of the quantized model on the first text."""
     return float(next(iter(entry["perplexity"].values()))["quantized"])
+
+
+def datasets(found: Sequence[Experiment]) -> list[str]:
+    """All texts that perplexities are measured on: results of one model may have different ones."""
+    return list(dict.fromkeys(name for e in found for name in e.result["perplexity"]))
+
+
+def by_tasks(found: Sequence[Experiment]) -> dict[tuple[str, ...], list[Experiment]]:
+    """Those with zero-shot tasks, together where the tasks are the same: means of other ones are no comparison."""
+    grouped: dict[tuple[str, ...], list[Experiment]] = {}
+    for entry in found:
+        if entry.tasks:
+            grouped.setdefault(entry.tasks, []).append(entry)
+    return grouped
 
 
 def by_model(found: Sequence[Experiment]) -> dict[str, list[Experiment]]:

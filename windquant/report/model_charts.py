@@ -1,12 +1,13 @@
 """The pictures of all results of one model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from windquant.report import plan_picture
 from windquant.report.figure import PEERS, Figure, Row, key, make, series, show
-from windquant.report.gather import Experiment, Peer, correlation
+from windquant.report.gather import Experiment, Peer, by_tasks, correlation, datasets
 from windquant.report.plan_picture import width_colour
 from windquant.report.svg import Plot, element, extent, picture, text, title
 
@@ -16,11 +17,15 @@ COLLAPSED = 20
 
 def perplexity(model: str, found: Sequence[Experiment], peers: Sequence[Peer]) -> list[Figure]:
     """A picture per text: perplexity against effective bits."""
-    return [perplexity_on(dataset, model, found, peers) for dataset in found[0].result["perplexity"]]
+    return [perplexity_on(dataset, model, found, peers) for dataset in datasets(found)]
 
 
 def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: Sequence[Peer]) -> Figure:
-    rows = [(e, e.result["effective_bits"], e.result["perplexity"][dataset]) for e in found]
+    rows = [
+        (e, e.result["effective_bits"], e.result["perplexity"][dataset])
+        for e in found
+        if dataset in e.result["perplexity"]
+    ]
     original = rows[0][2]["original"]
     measured = [peer for peer in peers if peer.bits is not None and peer.perplexity is not None]
     others = [peer for peer in measured if peer.perplexity is not None and peer.perplexity < COLLAPSED * original]
@@ -32,16 +37,18 @@ def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: 
         f"perplexity, {dataset}", y_log=True,
     )  # fmt: skip
     plot.level(original, f"original {original:.2f}")
-    for allocator, group in groupby(sorted(rows, key=lambda row: row[0].result["allocator"]), _allocator):
+    marks = series(e.variant for e in found)
+    for variant, group in groupby(sorted(rows, key=_variant), _variant):
         points = sorted(((b, entry) for _, b, entry in group), key=lambda point: point[0])
+        mark = marks[variant]
         if len(points) > 1:
-            plot.line([(b, entry["quantized"]) for b, entry in points], series(allocator))
+            plot.line([(b, entry["quantized"]) for b, entry in points], mark)
         for b, entry in points:
-            plot.line([(b, entry["before_recovery"]), (b, entry["quantized"])], series(allocator), "thin dotted")
-            hint = f"{allocator}, {b:.4f} bits: perplexity"
+            plot.line([(b, entry["before_recovery"]), (b, entry["quantized"])], mark, "thin dotted")
+            hint = f"{variant}, {b:.4f} bits: perplexity"
             before = f"{hint} {entry['before_recovery']:.2f} before recovery"
-            plot.dot(b, entry["before_recovery"], series(allocator), before, hollow=True, size=3.5)
-            plot.dot(b, entry["quantized"], series(allocator), f"{hint} {entry['quantized']:.2f}")
+            plot.dot(b, entry["before_recovery"], mark, before, hollow=True, size=3.5)
+            plot.dot(b, entry["quantized"], mark, f"{hint} {entry['quantized']:.2f}")
     for peer in others:
         if peer.bits is not None and peer.perplexity is not None:
             plot.dot(peer.bits, peer.perplexity, PEERS, f"{peer.peer} {peer.recipe}: {peer.perplexity:.2f}")
@@ -49,7 +56,7 @@ def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: 
     best = min(rows, key=lambda row: row[2]["quantized"])
     says = (
         f"{model} on {dataset}: the original has a perplexity of {original:.2f}; {best_of(len(rows))} is "
-        f"{best[2]['quantized']:.2f} at {best[1]:.4f} effective bits ({best[0].result['allocator']}, "
+        f"{best[2]['quantized']:.2f} at {best[1]:.4f} effective bits ({best[0].variant}, "
         f"{best[2]['before_recovery']:.2f} before recovery)."
     )
     collapsed = [peer for peer in measured if peer not in others]
@@ -58,24 +65,26 @@ def perplexity_on(dataset: str, model: str, found: Sequence[Experiment], peers: 
         says += f" Beyond the picture, with more than {COLLAPSED} times the original's: {names}."
     table: list[Row] = [("allocator", "effective bits", "before recovery", "quantized", "original")]
     table += [
-        (e.result["allocator"], f"{b:.4f}", *(f"{entry[k]:.2f}" for k in ("before_recovery", "quantized", "original")))
+        (e.variant, f"{b:.4f}", *(f"{entry[k]:.2f}" for k in ("before_recovery", "quantized", "original")))
         for e, b, entry in rows
     ]
     return Figure(
         f"Perplexity against effective bits: {dataset}",
         plot.picture(f"Perplexity of {model} on {dataset} against effective bits", says),
         f"{says} Small hollow marks: before recovery. Lower is better.",
-        (make(*(e.path for e in found)),),
+        (make(*(e.path for e, _, _ in rows)),),
         tuple(table),
-        key({e.result["allocator"] for e in found}, [("other tools", PEERS)] if others else ()),
+        key(marks, (e.variant for e, _, _ in rows), [("other tools", PEERS)] if others else ()),
     )
 
 
-def accuracy(model: str, found: Sequence[Experiment]) -> Figure | None:
-    """Mean accuracy of the zero-shot tasks against effective bits; None where there are no tasks."""
-    rows = [e for e in found if e.result["zero_shot"]]
-    if not rows:
-        return None
+def accuracy(model: str, found: Sequence[Experiment]) -> list[Figure]:
+    """A picture per set of tasks: their mean accuracy against effective bits."""
+    marks = series(e.variant for e in found)
+    return [accuracy_on(tasks, model, rows, marks) for tasks, rows in by_tasks(found).items()]
+
+
+def accuracy_on(tasks: Sequence[str], model: str, rows: Sequence[Experiment], marks: Mapping[str, int]) -> Figure:
     original = 100 * rows[0].result["zero_shot_average"]["original"]
     points = []
     for e in rows:
@@ -88,52 +97,49 @@ def accuracy(model: str, found: Sequence[Experiment]) -> Figure | None:
         "accuracy in %, mean of the tasks",
     )  # fmt: skip
     plot.level(original, f"original {original:.1f} %")
-    for allocator, entries in groupby(
-        sorted(points, key=lambda p: p[0].result["allocator"]), lambda p: p[0].result["allocator"]
-    ):
+    for variant, entries in groupby(sorted(points, key=_variant), _variant):
         group = sorted(entries, key=lambda point: point[1])
         if len(group) > 1:
-            plot.line([(b, y) for _, b, y, _ in group], series(allocator))
+            plot.line([(b, y) for _, b, y, _ in group], marks[variant])
         for _, b, y, error in group:
-            plot.whisker(b, y - error, y + error, series(allocator))
-            plot.dot(b, y, series(allocator), f"{allocator}, {b:.4f} bits: {y:.1f} % ± {error:.1f}")
-    tasks = list(rows[0].result["zero_shot"])
+            plot.whisker(b, y - error, y + error, marks[variant])
+            plot.dot(b, y, marks[variant], f"{variant}, {b:.4f} bits: {y:.1f} % ± {error:.1f}")
     best = max(points, key=lambda point: point[2])
     says = (
         f"{model}, mean of {', '.join(tasks)}: the original is right in {original:.1f} %, "
         f"{best_of(len(points))} in {best[2]:.1f} % ± {best[3]:.1f} "
-        f"({best[0].result['allocator']}, {best[1]:.4f} bits)."
+        f"({best[0].variant}, {best[1]:.4f} bits)."
     )
     table: list[Row] = [("allocator", "effective bits", *(f"{task}" for task in tasks), "mean")]
     table.append(
         ("original", "16", *(f"{rows[0].result['zero_shot'][t]['original']:.1%}" for t in tasks), f"{original:.1f}%")
     )
     for e, b, y, _ in points:
-        each = [e.result["zero_shot"][task] for task in tasks if task in e.result["zero_shot"]]
+        each = [e.result["zero_shot"][task] for task in tasks]
         cells = [f"{task['quantized']:.1%} ± {task['stderr']:.1%}" for task in each]
-        table.append((e.result["allocator"], f"{b:.4f}", *cells, f"{y:.1f}%"))
+        table.append((e.variant, f"{b:.4f}", *cells, f"{y:.1f}%"))
     return Figure(
         "Accuracy against effective bits",
         plot.picture(f"Zero-shot accuracy of {model} against effective bits", says),
         f"{says} Bars: standard error. Higher is better.",
         (make(*(e.path for e in rows)),),
         tuple(table),
-        key({e.result["allocator"] for e in rows}),
+        key(marks, (e.variant for e in rows)),
     )
 
 
 def shares(model: str, found: Sequence[Experiment]) -> Figure:
     """Share of the weights per action, a bar per result."""
-    left, bar, pitch, width = 150.0, 18.0, 28.0, 980.0
+    bar, pitch, width = 18.0, 28.0, 980.0
+    labels = [f"{e.variant}, {e.result['target_bits']:g} bits" for e in found]
+    left = max(150.0, 20 + 6.5 * max(map(len, labels)))
     names = sorted(
         {name for e in found for name in e.result["actions"]}, key=lambda name: (plan_picture.bits(name), name)
     )
     parts, table = [], [("result", *names)]
     for place, e in enumerate(found):
         y, x = 10 + place * pitch, left
-        parts.append(
-            text(left - 10, y + 13, f"{e.result['allocator']}, {e.result['target_bits']:g} bits", "small", "end")
-        )
+        parts.append(text(left - 10, y + 13, labels[place], "small", "end"))
         for name in names:
             share = e.result["actions"].get(name, 0.0)
             breadth = share * (width - left - 10)
@@ -178,8 +184,9 @@ def proxy(model: str, found: Sequence[Experiment]) -> Figure | None:
     span = extent([value for _, x, y in rows for value in (x, y)])
     plot = Plot(span, span, "predicted loss increase, nats per token", "on the test text, nats per token")
     plot.line([(span[0], span[0]), (span[1], span[1])], PEERS, "thin dashed")
+    marks = series(e.variant for e in found)
     for e, x, y in rows:
-        plot.dot(x, y, series(e.result["allocator"]), f"{e.title}: predicted {x:.4f}, measured {y:.4f}")
+        plot.dot(x, y, marks[e.variant], f"{e.title}: predicted {x:.4f}, measured {y:.4f}")
     r = correlation([(x, y) for _, x, y in rows])
     says = f"{len(rows)} quantized models before recovery: Pearson's r of predicted and final loss is {show(r)}."
     return Figure(
@@ -188,7 +195,7 @@ def proxy(model: str, found: Sequence[Experiment]) -> Figure | None:
         f"{says} Dashed: equal. The paper reports 0.997 for its proxy.",
         (make(*(e.path for e, _, _ in rows)),),
         (("result", "predicted", "final"), *((e.path.stem, f"{x:.4f}", f"{y:.4f}") for e, x, y in rows)),
-        key({e.result["allocator"] for e, _, _ in rows}),
+        key(marks, (e.variant for e, _, _ in rows)),
     )
 
 
@@ -196,5 +203,6 @@ def best_of(count: int) -> str:
     return "the result" if count == 1 else f"the best of {count} results"
 
 
-def _allocator(row: tuple[Experiment, object, object]) -> str:
-    return str(row[0].result["allocator"])
+def _variant(row: Sequence[Any]) -> str:
+    """Of a row that begins with its experiment."""
+    return str(row[0].variant)

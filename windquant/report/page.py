@@ -6,7 +6,7 @@ from html import escape
 from windquant.progress import duration
 from windquant.report import model_charts, result_charts
 from windquant.report.figure import Figure, Row, make
-from windquant.report.gather import Experiment, Peer, by_model
+from windquant.report.gather import Experiment, Peer, by_model, by_tasks, datasets
 from windquant.report.svg import STYLE, THEME
 
 CSS = """
@@ -56,7 +56,7 @@ def page(found: Sequence[Experiment], peers: Sequence[Peer] = ()) -> str:
         parts.append(_heading(name, _anchor(name), first=index == 0))
         parts.append(table(overview(entries)))
         parts.append(figures([
-            *model_charts.perplexity(name, entries, of_model), model_charts.accuracy(name, entries),
+            *model_charts.perplexity(name, entries, of_model), *model_charts.accuracy(name, entries),
             model_charts.proxy(name, entries), model_charts.shares(name, entries),
         ]))  # fmt: skip
         if of_model:
@@ -109,21 +109,23 @@ def table(rows: Sequence[Row], kind: str = "") -> str:
 
 
 def overview(found: Sequence[Experiment]) -> list[Row]:
-    """A row per result of a model."""
-    datasets = list(found[0].result["perplexity"])
-    first = found[0].result
-    rows: list[Row] = [("result", "effective bits", *(f"perplexity, {d}" for d in datasets), "accuracy", "time")]
-    average = first["zero_shot_average"]["original"]
-    originals = [f"{first['perplexity'][d]['original']:.2f}" for d in datasets]
-    rows.append(("original", "16", *originals, "" if average is None else f"{average:.1%}", ""))
+    """A row per result of a model, a column per text and set of tasks; a cell is empty where a result has none."""
+    texts, tasks = datasets(found), by_tasks(found)
+    accuracies = ["accuracy"] if len(tasks) == 1 else [f"accuracy, {' and '.join(names)}" for names in tasks]
+    rows: list[Row] = [("result", "effective bits", *(f"perplexity, {name}" for name in texts), *accuracies, "time")]
+
+    def cells(e: Experiment, which: str) -> list[str]:
+        perplexities, average = e.result["perplexity"], e.result["zero_shot_average"][which]
+        values = [f"{perplexities[name][which]:.2f}" if name in perplexities else "" for name in texts]
+        return values + [f"{average:.1%}" if names == e.tasks else "" for names in tasks]
+
+    originals = [cells(e, "original") for e in found]  # every column's first
+    filled = [next(filter(None, column)) for column in zip(*originals, strict=True)]
+    rows.append(("original", "16", *filled, ""))
     for e in found:
-        entry = e.result
-        average = entry["zero_shot_average"]["quantized"]
-        values = [f"{entry['perplexity'][d]['quantized']:.2f}" for d in datasets if d in entry["perplexity"]]
-        rows.append((
-            f"{entry['target_bits']:g} bits, {entry['allocator']}", f"{entry['effective_bits']:.4f}", *values,
-            "" if average is None else f"{average:.1%}", duration(sum(entry["seconds"].values())),
-        ))  # fmt: skip
+        name = f"{e.result['target_bits']:g} bits, {e.variant}"
+        seconds = sum(e.result["seconds"].values())
+        rows.append((name, f"{e.result['effective_bits']:.4f}", *cells(e, "quantized"), duration(seconds)))
     return rows
 
 

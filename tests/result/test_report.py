@@ -1,0 +1,72 @@
+"""The report of results that differ in more than their budget."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.result.experiment import assemble, chain
+from windquant import step
+from windquant.report import __main__ as report, gather, page
+
+OTHER = {"original": 12.0, "before_recovery": 90.0, "quantized": 30.25}
+PIQA = {"piqa": {"original": 0.8, "quantized": 0.7, "stderr": 0.05, "samples": 50}}
+
+
+@pytest.fixture
+def entry() -> dict[str, Any]:
+    return assemble(chain("ppo", 50.0))
+
+
+def save(name: str, entry: dict[str, Any], **changes: Any) -> str:
+    path = Path("results") / name
+    path.write_text(json.dumps(entry | changes))
+    return str(path)
+
+
+def written(*results: str) -> str:
+    argv = ["--output", "results/report.html", "--results", *results]
+    step.main("report", report.run, report.Settings, ("results*", "peers?"), argv=argv, light=True)
+    return Path("results/report.html").read_text()
+
+
+def test_results_on_other_texts_and_tasks(entry: dict[str, Any]) -> None:
+    """As after a change of calibration.test_source, with one budget made again."""
+    same = save("m_2.0bits.json", entry)
+    changed = {"perplexity": {"wikitext-2-raw-v1": OTHER}, "zero_shot": PIQA}
+    other = save(
+        "m_2.5bits.json", entry, **changed, target_bits=2.5, zero_shot_average={"original": 0.8, "quantized": 0.7}
+    )
+    none = {"zero_shot": {}, "zero_shot_average": {"original": None, "quantized": None}}
+    without = save("m_3.0bits.json", entry, **none, target_bits=3.0)
+    text = written(same, other, without)
+    for name in ("wikipedia", "wikitext-2-raw-v1"):
+        assert text.count(f"<h3>Perplexity against effective bits: {name}</h3>") == 1
+    assert text.count("<h3>Accuracy against effective bits</h3>") == 2, "means of other tasks are no comparison"
+    head, original, *rows = page.overview(gather.experiments([Path(path) for path in (same, other, without)]))
+    assert head[2:-1] == (
+        "perplexity, wikipedia", "perplexity, wikitext-2-raw-v1", "accuracy, cloze and next_sentence", "accuracy, piqa"
+    )  # fmt: skip
+    assert original[2:-1] == ("19.40", "12.00", "55.0%", "80.0%")
+    assert [row[2:-1] for row in rows] == [
+        ("50.00", "", "42.5%", ""), ("", "30.25", "", "70.0%"), ("50.00", "", "", "")
+    ]  # fmt: skip
+
+
+def test_changes_and_seeds_are_told_apart(entry: dict[str, Any]) -> None:
+    names = {"": 2.0, ".ppo-chunk64": 2.0, ".ppo-1": 2.0}
+    paths = [save(f"m_{bits}bits{name}.json", entry) for name, bits in names.items()]
+    paths += [save("m_2.5bits.json", entry, target_bits=2.5), save("result.json", entry, target_bits=3.0)]
+    text = written(*paths)
+    for variant in ("ppo", "ppo-chunk64", "ppo-1"):
+        assert f">m at 2 bits, {variant}</h2>" in text
+        assert f"<td>2 bits, {variant}</td>" in text
+        assert f"{variant}, 1.9950 bits: perplexity 50.00" in text
+    assert ">m at 3 bits, ppo</h2>" in text
+    picture = text.partition("<h3>Perplexity against")[2].partition("</figure>")[0]
+    lines = [part for part in picture.split("<path") if 'class="line ' in part]
+    assert len(lines) == 1, "the budgets of PPO, and nothing else"
+    assert lines[0].count("L") == 2
+    legend = picture.partition('class="legend"')[2].partition("</p>")[0]
+    assert len({part.split('"')[0] for part in legend.split('class="mark ')[1:]}) == 3
