@@ -19,6 +19,10 @@ SHELL := /bin/bash
 # Rules and tests call `python`: it is the environment's.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Snakemake keeps a cache in the home folder, which some containers do not let us write to.
+ifneq ($(shell test -w "$$HOME" && echo yes), yes)
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+endif
 
 run: env
 	snakemake --cores $(CORES) $(TARGET)
@@ -43,7 +47,7 @@ env-dev: .venv/env-dev.stamp
 
 .venv/env.stamp: requirements.lock pyproject.toml
 	@echo 'Building the environment in .venv: a few minutes, once.'
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
 	python -m pip install -qq $(TORCH)
 	python -m pip install -qq --requirement requirements.lock
 	python -m pip install -qq --no-deps --editable .

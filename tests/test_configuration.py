@@ -219,6 +219,12 @@ def test_local_files(tmp_path: Path) -> None:
     assert configuration.local_files("models.a", {"source": "hub", "path": "ignored"}, {"source": "path"}) == []
     with pytest.raises(WindquantError, match=r"models\.a\.path: 'nowhere' is neither a file nor a folder"):
         configuration.local_files("models.a", {"source": "folder", "path": "nowhere"}, {"source": "path"})
+    for source, path, message in (
+        ("file", "", "missing; source: file reads it"),
+        ("file", str(tmp_path), "is no file"),
+    ):
+        with pytest.raises(WindquantError, match=rf"calibration\.path: .*{message}"):
+            configuration.local_files("calibration", {"source": source, "path": path}, {"source": "path"})
 
 
 def test_locked_versions_are_those_of_the_project_and_of_conda() -> None:

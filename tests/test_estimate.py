@@ -141,6 +141,17 @@ def test_too_little_memory_is_told_with_the_estimate(tmp_path: Path, monkeypatch
     estimate.check_room(resolved, 2.0, "ppo", 2, False)
 
 
+def test_what_has_been_made_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = of_folder(tmp_path)
+    wanted = cost.needs(Shape.of(LLAMA_70B, "config.json"), resolved, 2.0, cost.cpu(2))
+    monkeypatch.setattr(estimate.memory, "total", lambda: 2**50)
+    free = 1.1 * sum(need.disk for step, need in wanted.items() if step not in ("model", "statistics", "quantize"))
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free})())
+    estimate.check_room(resolved, 2.0, "ppo", 2, False, made={"model", "statistics", "quantize"})
+    with pytest.raises(WindquantError, match="of disk"):
+        estimate.check_room(resolved, 2.0, "ppo", 2, False, made={"model", "statistics"})
+
+
 def test_too_little_disk_is_told_with_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = of_folder(tmp_path)
     monkeypatch.setattr(estimate.memory, "total", lambda: 2**50)

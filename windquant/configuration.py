@@ -248,13 +248,16 @@ def local_files(where: str, entry: Config, keys: Mapping[str, str]) -> list[str]
     files: list[str] = []
     for source, key in keys.items():
         if entry[source] in LOCAL_SOURCES:
-            path = Path(str(entry.get(key) or "")).expanduser()
-            if path.is_dir():
+            if not entry.get(key):
+                raise WindquantError(f"{where}.{key}: missing; {source}: {entry[source]} reads it")
+            path = Path(str(entry[key])).expanduser()
+            if path.is_dir() and entry[source] == "folder":
                 files += sorted({str(file) for pattern in MODEL_FILES for file in path.glob(pattern)})
             elif path.is_file():
                 files.append(str(path))
             else:
-                raise WindquantError(f"{where}.{key}: {str(path)!r} is neither a file nor a folder")
+                wanted = "neither a file nor a folder" if entry[source] == "folder" else "no file"
+                raise WindquantError(f"{where}.{key}: {str(path)!r} is {wanted}")
     return files
 
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from windquant import configuration, memory, own_model
@@ -68,8 +68,13 @@ def find(model: str) -> tuple[Shape, Settings]:
         ) from error
 
 
-def check_room(resolved: Settings, bits: float, allocator: str, cores: int, on_gpu: bool) -> None:
-    """Refuse a result that this machine has no memory or disk for, before its first step; nothing where unknown."""
+def check_room(
+    resolved: Settings, bits: float, allocator: str, cores: int, on_gpu: bool, made: Collection[str] = ()
+) -> None:
+    """Refuse a result that this machine has no memory or disk for, before its first step; nothing where unknown.
+
+    made: the steps whose outputs exist.
+    """
     shape = known(resolved["model"])
     if shape is None or os.environ.get(FORCE):
         return
@@ -78,6 +83,7 @@ def check_room(resolved: Settings, bits: float, allocator: str, cores: int, on_g
         wanted["search"] = wanted["bank"]
     if allocator not in ("ppo", "evolution"):  # these measure plans
         wanted["allocation"] = wanted["bank"]
+    wanted = {step: need for step, need in wanted.items() if step not in made}
     name = resolved["model"]["name"]
     step, most = max(wanted.items(), key=lambda item: item[1].memory)
     if most.memory > (there := memory.total()):
@@ -86,16 +92,12 @@ def check_room(resolved: Settings, bits: float, allocator: str, cores: int, on_g
             f"{_size(there)} (python -m windquant estimate {name} --bits {bits:g} shows every step); use a machine "
             f"with more, or set {FORCE}=1 to try"
         )
-    disk = sum(need.disk for key, need in wanted.items() if key != "model" or not _made(name))
+    disk = sum(need.disk for need in wanted.values())
     if disk > (free := shutil.disk_usage(".").free):
         raise WindquantError(
             f"{name} at {bits:g} bits: the results need about {_size(disk)} of disk, {_size(free)} are free here; make "
             f"room, or set {FORCE}=1 to try"
         )
-
-
-def _made(name: str) -> bool:
-    return (Path("resources/models") / name).exists()
 
 
 def _size(value: float) -> str:

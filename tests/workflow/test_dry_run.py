@@ -139,6 +139,7 @@ def test_impossible_targets(folder: Path, snakemake: Snakemake, target: str, mes
             "models={x: {source: hub, id: a/b, evaluation: {tasks: [piqa], data_dir: nowhere}}}",
             "evaluation.data_dir: nowhere has no piqa.test.jsonl or piqa.validation.jsonl; put the rows",
         ),
+        ("models={x: {source: hub, id: a/b, calibration: {source: file}}}", "calibration.path: missing"),
         ("units={chunk: many}", "units.chunk: 'many' is not of type 'integer'"),
         ("ablations={a: {b: {unit: {chunk: 8}}}}", "ablations.a.b.unit: unknown key"),
         ("ablations={a: {b: {units: {chunks: 8}}}}", "ablations.a.b.units.chunks: unknown key"),

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.workflow.conftest import BITS, MODEL, RESULT, Snakemake
+from tests.workflow.conftest import BITS, GREEDY, MODEL, RESULT, Snakemake
 from windquant import manifest
 
 T = TypeVar("T")
@@ -236,6 +236,18 @@ def test_damage_without_a_trace_is_found_by_who_reads_it(look: Callable[[], list
     with pytest.raises(WindquantError, match=r"1 of \d+ artifacts are damaged"):
         integrity.main([])
     assert look() == [name]
+
+
+def test_a_machine_without_room_has_nothing_to_do_for_a_result_that_is_there(
+    finished: Path, snakemake: Snakemake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINDQUANT_MEMORY", "0.01")
+    done = snakemake(finished, GREEDY)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Nothing to be done" in done.stdout
+    (finished / GREEDY).unlink()
+    done = snakemake(finished, GREEDY)
+    assert "of memory, this machine has" in done.stdout
 
 
 def test_damaged_artifacts_are_made_again(finished: Path, snakemake: Snakemake) -> None:

@@ -188,13 +188,30 @@ def bank_parts(wildcards):
     return [f"data/bank/{name}/{part}.safetensors" for part in range(1, jobs + 1)] if jobs > 1 else []
 
 
+def made(wildcards):
+    """The steps on the way to a result that have been made, as far as its room is concerned."""
+    of_plan = f"{wildcards.model}_{wildcards.bits}bits.{wildcards.allocator}"
+    outputs = {
+        "model": f"resources/models/{wildcards.model}",
+        "calibration": f"data/calibration/{wildcards.model}",
+        "statistics": f"data/statistics/{wildcards.model}.safetensors",
+        "bank": bank_of(wildcards),
+        "allocation": f"data/plans/{of_plan}.json",
+        "quantize": f"data/checkpoints/{of_plan}/before_recovery",
+        "recovery": f"data/checkpoints/{of_plan}/quantized",
+    }
+    outputs |= {"search": path for path in search_of(wildcards)}
+    return {step for step, path in outputs.items() if Path(path).exists()}
+
+
 @one_line
 def bank_of_plan(wildcards):
     """The bank that a plan is made from; bits, allocator and, on this machine, memory and disk are checked on the way."""
     bits = configuration.check_bits(wildcards.bits)
     allocator = variant(wildcards).allocator
-    if workflow.is_main_process and workflow.local_exec and not workflow.dryrun:
-        estimate.check_room(holds(wildcards), bits, allocator, ALL_CORES, bool(GPUS))
+    finished = Path(result_of(wildcards.model, wildcards.bits, wildcards.allocator)).exists()
+    if workflow.is_main_process and workflow.local_exec and not workflow.dryrun and not finished:
+        estimate.check_room(holds(wildcards), bits, allocator, ALL_CORES, bool(GPUS), made(wildcards))
     return bank_of(wildcards)
 
 
