@@ -70,14 +70,37 @@ def test_a_step_by_hand_leaves_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["-n x", "--dry-run", "--dryrun", "-np", "--lint", "--summary x", "--unlock", "-c1 -n"]
+    "call",
+    [
+        "-n x",
+        "--dry-run",
+        "--dryrun",
+        "-np",
+        "--lint",
+        "--summary x",
+        "--unlock",
+        "-c1 -n",
+        "--report",
+        "--report x.html",
+        "--report=x.html --cores 1",
+        "-n --report --report-after-run",
+    ],
 )
 def test_calls_that_look(call: str) -> None:
     assert exclusive.claim(call.split()) is False
 
 
 @pytest.mark.parametrize(
-    "call", ["--cores 1 x", "-c 1 -p x", "-j4", "results/-n-.json --cores all", "--until bank -c1"]
+    "call",
+    [
+        "--cores 1 x",
+        "-c 1 -p x",
+        "-j4",
+        "results/-n-.json --cores all",
+        "--until bank -c1",
+        "--report --report-after-run -c1",
+        "--report-after-run --report=x.html -c1 x",
+    ],
 )
 def test_calls_that_work(call: str) -> None:
     assert exclusive.claim(call.split()) is True

@@ -24,7 +24,7 @@ RUNNING = Path(".cache") / "running"  # a file for every step that runs, locked 
 #: Calls of Snakemake that only look.
 LOOKING = re.compile(
     r"-[a-zA-Z]*n[a-zA-Z]*|--dry-?run|--lint|-[lSD]|--list\b.*|--(detailed-)?summary|--(dag|rulegraph|filegraph|d3dag)"
-    r"|--report\b.*|--unlock|--containerize|--generate-.*"
+    r"|--report(er)?(=.*)?|--unlock|--containerize|--generate-.*"
 )
 _held: list[IO[str]] = []  # open for the life of the process
 
@@ -34,6 +34,8 @@ def claim(arguments: Sequence[str]) -> bool:
 
     Raises WindquantError with the process that has it, a workflow or a step that outlived its own.
     """
+    if "--report-after-run" in arguments:  # the report that is asked for comes after the work
+        arguments = [argument for argument in arguments if not argument.startswith("--report")]
     if any(LOOKING.fullmatch(argument) for argument in arguments):
         return False
     for folder in (".", ".snakemake", ".cache", "logs", "resources", "data", "results"):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from windquant import result_file
+from windquant import result_file, tracking_store
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -57,13 +57,15 @@ def times(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def interface() -> str:
-    """The command that opens the MLflow UI of the store in use."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    """The command that opens the MLflow UI of the store in use; without a password, for logs keep it."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_store.LOCAL
+    public = tracking_store.without_password(uri)
     if uri.startswith("http"):
-        return f"open {uri} in a browser"
+        return f"open {public} in a browser"
     command = Path(sys.prefix) / "bin" / "mlflow"
     shown = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else "mlflow"
-    return f"{shown} ui --backend-store-uri {uri}"
+    given = uri if uri == public else '"$MLFLOW_TRACKING_URI"'
+    return f"{shown} ui --backend-store-uri {given}"
 
 
 def show(path: Path) -> None:

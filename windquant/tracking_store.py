@@ -9,6 +9,7 @@ result; they stay under one parent.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -89,7 +90,9 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def ensure_experiment(client: "MlflowClient", uri: str, name: str) -> str:
-    """Id of the MLflow experiment, found by name (ids differ between stores) or created."""
+    """Id of the MLflow experiment, found by name (ids differ between stores) or created; one that was deleted in the UI
+    is restored, because its name is taken and it takes no runs.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -102,6 +105,8 @@ def ensure_experiment(client: "MlflowClient", uri: str, name: str) -> str:
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
 
 
@@ -223,11 +228,16 @@ def sqlite_path(uri: str) -> Path | None:
 
 @contextlib.contextmanager
 def store_lock(uri: str) -> Iterator[None]:
-    """Exclusive among the processes that share a sqlite store; a killed owner frees it. Servers need none."""
+    """Exclusive among the processes that share a sqlite store; a killed owner frees it. Servers need none.
+
+    Raises an OSError that is no FileNotFoundError if the folder of the file is missing.
+    """
     database = sqlite_path(uri)
     if database is None:
         yield
         return
+    if not database.parent.is_dir():  # no FileNotFoundError: to the sender that is a journal which somebody cleared
+        raise NotADirectoryError(errno.ENOTDIR, f"no such folder: {database.parent}")
     with database.with_name(database.name + ".lock").open("w") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:

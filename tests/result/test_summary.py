@@ -34,3 +34,7 @@ def test_the_command_that_shows_the_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert summary.interface() == ".venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert summary.interface() == "open http://server:5000 in a browser"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@server:5000")
+    assert summary.interface() == "open http://server:5000 in a browser"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:secret@server/db")
+    assert summary.interface() == '.venv/bin/mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'

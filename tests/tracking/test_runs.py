@@ -266,6 +266,33 @@ def test_broken_database(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(journal.journals(Path("logs/tracking"))) == 1
 
 
+def test_a_store_in_a_missing_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = Path.cwd() / "nowhere"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{missing}/x.db")
+    experiment()
+    began = time.monotonic()
+    main(write)
+    assert time.monotonic() - began < tracking.PATIENCE / 2
+    assert Path("out").read_text() == "result"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: MLflow: sqlite:///{missing}/x.db does not take this run")
+    assert f"no such folder: {missing})" in line
+    assert len(journal.journals(Path("logs/tracking"))) == 1
+
+
+def test_a_deleted_mlflow_experiment_is_restored(capsys: pytest.CaptureFixture[str]) -> None:
+    experiment()
+    main(write)
+    eventually(lambda: not journal.has_sender(Path("logs/tracking")))
+    (first,) = parents()
+    client().delete_experiment(first.info.experiment_id)
+    main(write)
+    (parent,) = parents()
+    assert parent.info.run_id == first.info.run_id
+    assert len(children(parent)) == 2
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     experiment()
     eventually(lambda: not journal.has_sender(Path("logs/tracking")))

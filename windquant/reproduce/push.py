@@ -98,7 +98,11 @@ def _surprises(root: Path) -> Iterator[str]:
     results = [
         str(path.relative_to(root)) for path in sorted((root / RESULTS).glob("*")) if manifest_path(path).exists()
     ]
-    plan = dryrun.plan(root, results) if results else None
+    try:
+        plan = dryrun.plan(root, results) if results else None
+    except WindquantError as error:  # e.g. of a result that the configuration no longer knows; the data are sent
+        yield f"cannot say whether results are current: {error}"
+        return
     if plan and plan.rules:
         yield f"Snakemake would make results again here, and so it would in a clone: {plan.text}"
 

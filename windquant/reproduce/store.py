@@ -24,9 +24,14 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        git = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], cwd=root, capture_output=True)
-        if git.returncode:
-            raise WindquantError(f"{root.resolve()}: not a git clone; data are versioned by git and DVC together")
+        command = ["git", "rev-parse", "--is-inside-work-tree"]
+        try:
+            git = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        except OSError as error:
+            raise WindquantError(f"git is not installed ({error.strerror}); data/ is versioned by it") from error
+        if git.returncode:  # no clone, or one of another owner: git says what to do then
+            reason = " ".join(git.stderr.split())[:300]
+            raise WindquantError(f"{root.resolve()}: not a git clone that can be used ({reason})")
         if not (root / ".dvc" / "config").is_file():
             raise WindquantError(f"{root.resolve()}: not this project's folder (it has no .dvc/config)")
         self._reasons = _Reasons()

@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from windquant import manifest
+from windquant import configuration, manifest
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -25,7 +26,7 @@ from windquant.reproduce.differences import Verdict
 from windquant.reproduce.store import Store
 from windquant.reproduce.travel import MODELS, RESULTS
 
-SCRATCH = Path(".verify")
+SCRATCH = Path(".verify") / "project"  # its own parent, for what the configuration names by `../`
 #: What the workflow makes, and what belongs to the clone: all else is linked into the scratch folder.
 OWN = {"data", "results", "resources", "logs", "mlartifacts", "mlruns", ".snakemake", ".cache", ".git", ".dvc"}
 REUSED = "reused"
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"not reproduced; what was made again is in {SCRATCH}")
         sys.exit(1)
     if not given.keep:
-        _clear(SCRATCH)
+        _clear(SCRATCH.parent)
     print("reproduced")
 
 
@@ -59,7 +60,7 @@ def verify(root: Path, results: Sequence[Path], cores: str = "all") -> dict[str,
             raise WindquantError(f"{path}: not here; `make pull` gets it, or `snakemake --cores all {path}` makes it")
     print(_version(root))
     scratch = root / SCRATCH
-    _clear(scratch)
+    _clear(scratch.parent)
     _link(root, scratch)
     targets = [str(path) for path in results]
     reused = _reuse_models(root, scratch, targets, cores)
@@ -117,13 +118,36 @@ def _clear(scratch: Path) -> None:
 def _link(root: Path, scratch: Path) -> None:
     """A project without artifacts: links to the code and configuration, and to files that those may name."""
     (scratch / MODELS).mkdir(parents=True)
-    skipped = {*OWN, SCRATCH.name}
+    skipped = {*OWN, SCRATCH.parts[0]}
     entries = [path for path in root.iterdir() if path.name not in skipped and not path.name.startswith("mlflow.db")]
     resources = root / MODELS.parent
     if resources.is_dir():
         entries += [path for path in resources.iterdir() if path.name != MODELS.name]
     for path in entries:
         (scratch / path.relative_to(root)).symlink_to(path.absolute())
+    for text in _texts(configuration.load(root / "config" / "config.yaml")):
+        _link_sibling(root, scratch, text)
+
+
+def _link_sibling(root: Path, scratch: Path, text: str) -> None:
+    """Link what `../my-model` leads through beside the scratch folder too; any other text leads nowhere."""
+    parts = Path(os.path.normpath(text)).parts
+    if parts[:1] != ("..",) or not (root / text).exists():
+        return
+    if len(parts) == 1 or parts[1] in ("..", scratch.name):
+        raise WindquantError(f"config/config.yaml: {text}: verify cannot follow this path; give an absolute one")
+    link = scratch.parent / parts[1]
+    if not link.exists():
+        link.symlink_to(root.resolve().parent / parts[1])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a configuration."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _reuse_models(root: Path, scratch: Path, targets: Sequence[str], cores: str) -> list[str]:
