@@ -183,8 +183,15 @@ def test_our_rows_come_from_results() -> None:
         "seconds": {"statistics": 1, "bank": 2, "allocation": 3, "quantize": 4, "recovery": 5, "zero_shot": 100},
         "peak_memory_bytes": {"allocation": {"host": 7, "gpu": 0}, "recovery": {"host": 9, "gpu": 0}},
     }
-    before, after = ours.of_result(result)
+    before, after = ours.of_result(Path("results/m_2.0bits.json"), result)
     assert (before["perplexity"], before["seconds"], before["peak_memory_bytes"]) == (41.0, 10, 7)
     assert (after["perplexity"], after["seconds"], after["peak_memory_bytes"]) == (31.5, 15, 9)
     assert after["checkpoint"] == "m_2.0bits.ppo/quantized"
+    assert after["recipe"] == "2 bits, ppo, recovered"
     assert after["bits"] == 1.9999
+    for variant in ("ppo-chunk32", "ppo-1", "lagrangian-standard-1"):  # the result says ppo
+        changed, _ = ours.of_result(Path(f"results/m_2bits.{variant}.json"), result)
+        assert changed["checkpoint"] == f"m_2bits.{variant}/before_recovery"
+        assert changed["recipe"] == f"2 bits, {variant}, before recovery"
+    with pytest.raises(SystemExit, match=r"some\.json"):
+        ours.of_result(Path("results/some.json"), result)

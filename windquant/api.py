@@ -32,7 +32,7 @@ def page() -> str:
     """What the page should hold."""
     files = [path for path in dependencies.ROOT.rglob("*.py") if path.name != "__main__.py"]
     named = sorted((name(path), path) for path in files)
-    modules = [(title, ast.parse(path.read_text())) for title, path in named if part(title) in MODULES]
+    modules = [(title, ast.parse(path.read_text(encoding="utf-8"))) for title, path in named if part(title) in MODULES]
     contents = ", ".join(f"[{title.partition('.')[2]}](#{title.replace('.', '')})" for title, _ in modules)
     return (
         "\n\n".join([HEAD.strip(), contents, *(text for title, tree in modules for text in module(title, tree))]) + "\n"
@@ -126,5 +126,5 @@ def methods(node: ast.ClassDef) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE}")

@@ -54,10 +54,10 @@ def output(final: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Readers see the old content or the new one, never half of it."""
+    """Readers see the old content or the new one, never half of it. In UTF-8, whatever the locale."""
     partial = partial_path(path)
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

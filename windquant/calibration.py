@@ -76,7 +76,7 @@ def load(folder: Path) -> Calibration:
     """The artifact of this step; WindquantError if it is damaged."""
     try:
         tensors = load_file(folder / "tokens.safetensors")
-        info = json.loads((folder / "info.json").read_text())
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         windows = {name: tensors[name] for name in ("calibration", "reward", "recovery", "test")}
         return Calibration(folder, **windows, test_name=info["test_name"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -114,7 +114,8 @@ def run(task: step.Task, settings: Settings) -> None:
     task.output.mkdir(parents=True)
     save_file(tokens, task.output / "tokens.safetensors")
     info["records"] = _write_records(task.output, splits.documents["tasks"], settings)
-    (task.output / "info.json").write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(info, indent=1, ensure_ascii=False)
+    (task.output / "info.json").write_text(f"{text}\n", encoding="utf-8")
     for name, entry in info["splits"].items():
         task.dataset(name, info["source"]["test" if name == "test" else "training"], entry["sha256"][:36], name)
         task.note(name, {key: value for key, value in entry.items() if key != "documents"})
@@ -272,7 +273,7 @@ def _write_records(folder: Path, documents: list[Article], settings: Settings) -
     ):
         if records:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            (folder / f"{name}.jsonl").write_text("".join(lines))
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
             written[name] = len(records)
     return written
 

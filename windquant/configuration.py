@@ -69,7 +69,7 @@ def load(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WindquantError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:

@@ -215,7 +215,8 @@ def deliver(checkpoint: Path, path: Path, out: Path) -> None:
     with atomic.output(out) as partial:
         shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(manifest.SNAKEMAKE_MARK))
         card = partial / "README.md"
-        card.write_text(f"{card.read_text().rstrip()}\n\n{measured(result_file.load(path), Manifest.load(path).notes)}")
+        found = measured(result_file.load(path), Manifest.load(path).notes)
+        card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{found}", encoding="utf-8")
         shutil.copyfile(path, partial / RESULT)
 
 

@@ -60,7 +60,7 @@ def track(task: "Task", plan: Plan, result: Mapping[str, Any], manifests: Mappin
     table = [("", "original", "quantized"), ("---", "--:", "--:"), *summary.rows(result, task.notes)]
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "plan.svg"
-        picture.write_text(standalone(plan_picture.draw(plan), plan_picture.PAPER))
+        picture.write_text(standalone(plan_picture.draw(plan), plan_picture.PAPER), encoding="utf-8")
         task.tracker.close_parent(
             {**metrics(result), "checkpoint_bytes": task.notes["checkpoint_bytes"]},
             {"result.json": task.output, "plan.json": task.inputs["plan"], "plan.svg": picture},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.row import Row, Texts, evaluated
+from windquant import configuration
 
 STAGES = {"before_recovery": "before recovery", "quantized": "recovered"}
 #: Steps that make a checkpoint; the others measure it.
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     results = [json.loads(path.read_text()) for path in given.results]
-    rows = [row for result in results for row in of_result(result)]
+    rows = [row for path, result in zip(given.results, results, strict=True) for row in of_result(path, result)]
     original = next(iter(results[0]["perplexity"].values()))["original"]
     rows.insert(0, {"peer": "original", "recipe": "", "bits": 16.0, "perplexity": original})
     if given.wikitext2 or given.tasks:
@@ -40,10 +41,13 @@ def main() -> None:
     given.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def of_result(result: dict[str, Any]) -> list[Row]:
-    """A row before recovery and one after it."""
+def of_result(path: Path, result: dict[str, Any]) -> list[Row]:
+    """A row before recovery and one after it. SystemExit for a name that the workflow does not give."""
+    variant = configuration.variant_of(path)  # the result's own allocator is "ppo" for ppo-chunk32 too
+    if variant is None:
+        raise SystemExit(f"{path}: no name of a result of the workflow, so nobody knows where its checkpoint is")
     measured = next(iter(result["perplexity"].values()))
-    name = f"{result['model']}_{result['target_bits']}bits.{result['allocator']}"
+    name = f"{path.stem.removesuffix('.' + variant.name)}.{variant.name}"
     rows = []
     for stage, text in STAGES.items():
         steps = [step for step in STEPS if step != "recovery" or stage == "quantized"]
@@ -51,7 +55,7 @@ def of_result(result: dict[str, Any]) -> list[Row]:
         rows.append(
             {
                 "peer": "windquant",
-                "recipe": f"{result['target_bits']:g} bits, {result['allocator']}, {text}",
+                "recipe": f"{result['target_bits']:g} bits, {variant.name}, {text}",
                 "bits": result["effective_bits"],
                 "perplexity": measured[stage],
                 "seconds": sum(result["seconds"].get(step, 0) for step in steps),

@@ -27,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/peers.png"))
     given = parser.parse_args(arguments)
     peers, ours = json.loads(given.results.read_text()), json.loads(given.ours.read_text())
-    before, begin, rest = given.page.read_text().partition(BEGIN)
+    before, begin, rest = given.page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"error: {given.page} lacks the line {END if begin else BEGIN}")
-    given.page.write_text(f"{before}{BEGIN}\n\n{table([*ours, *peers])}\n\n{END}{after}")
+    given.page.write_text(f"{before}{BEGIN}\n\n{table([*ours, *peers])}\n\n{END}{after}", encoding="utf-8")
     figure(peers, ours).savefig(given.picture, dpi=110)
 
 

@@ -1,6 +1,9 @@
 """The report of results that differ in more than their budget."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +73,22 @@ def test_changes_and_seeds_are_told_apart(entry: dict[str, Any]) -> None:
     assert lines[0].count("L") == 2
     legend = picture.partition('class="legend"')[2].partition("</p>")[0]
     assert len({part.split('"')[0] for part in legend.split('class="mark ')[1:]}) == 3
+
+
+def test_the_locale_does_not_decide_the_encoding(entry: dict[str, Any], tmp_path: Path) -> None:
+    """Both hold more than ASCII, and say that they are UTF-8."""
+    path = save("m_2.0bits.json", entry)
+    script = f"""
+import locale
+from pathlib import Path
+from windquant import atomic
+assert locale.getpreferredencoding(False) != "UTF-8"
+atomic.write_text(Path({str(tmp_path / "text")!r}), "\\u2264")
+"""
+    arguments = ["--results", path, "--output", "results/report.html"]
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for command in (["-c", script], ["-m", "windquant.report", *arguments]):
+        done = subprocess.run([sys.executable, *command], env=plain, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "text").read_bytes() == "≤".encode()
+    assert "±" in Path("results/report.html").read_text(encoding="utf-8")

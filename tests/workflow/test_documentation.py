@@ -23,9 +23,10 @@ from windquant import api
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")) if path.name != "api.md")
-#: Of whoever has measured: their commands take minutes or hours, so they are only looked up.
+#: Of whoever has measured: their commands take minutes or hours, so they are only looked up; they stand indented.
 MEASURED = ("results.md", "performance.md", "peers.md", "decisions.md", "format.md")
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^ {4,}(?:make|snakemake|python|git|pip|\.venv/bin)\b.*", re.MULTILINE)
 STANDS_FOR = {"smollm2-135m_2.0bits": f"{MODEL}_{BITS}bits", "smollm2-135m_2.5bits": f"{MODEL}_5.0bits",
               "smollm2-135m": MODEL}  # fmt: skip
 
@@ -60,14 +61,19 @@ def blocks(page: Path, language: str) -> list[tuple[str, str]]:
     return [(rest.strip(), body) for name, rest, body in FENCE.findall(page.read_text()) if name == language]
 
 
+def indented(page: Path) -> list[str]:
+    """The commands that stand outside of fences, each in one line."""
+    return INDENTED.findall(FENCE.sub("", page.read_text()).replace("\\\n", " "))
+
+
 def commands() -> Iterator[Command]:
     for page in PAGES:
-        for _, body in blocks(page, "sh"):
-            for line in body.replace("\\\n", " ").splitlines():
-                text, _, comment = line.partition(" #")
-                for part in text.split("&&"):
-                    if part.strip():
-                        yield Command(page, part.strip(), comment.strip())
+        lines = [line for _, body in blocks(page, "sh") for line in body.replace("\\\n", " ").splitlines()]
+        for line in [*lines, *(indented(page) if page.name in MEASURED else [])]:
+            text, _, comment = line.partition(" #")
+            for part in text.split("&&"):
+                if part.strip():
+                    yield Command(page, part.strip(), comment.strip())
 
 
 COMMANDS = list(commands())
@@ -75,6 +81,21 @@ COMMANDS = list(commands())
 
 def chosen(program: str) -> list[Command]:
     return [c for c in COMMANDS if c.words[0] == program and c.reason is None and not c.open]
+
+
+def asked(command: Command) -> list[str]:
+    """What a command of Snakemake says, without what all say."""
+    return [word for word in command.words[1:] if word not in ("--cores", "all", "-n", "--dry-run")]
+
+
+def runs(module: str) -> bool:
+    """Whether `python -m` finds it."""
+    try:
+        found = importlib.util.find_spec(module)
+        folder = found is not None and found.submodule_search_locations is not None
+        return (importlib.util.find_spec(f"{module}.__main__") if folder else found) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 def test_every_command_is_of_a_known_kind() -> None:
@@ -96,9 +117,7 @@ def test_every_reason_stands_in_the_documentation() -> None:
 def test_commands_stand_in_fences() -> None:
     for page in PAGES:
         if page.name not in MEASURED:
-            outside = FENCE.sub("", page.read_text())
-            loose = re.findall(r"^ {4,}(?:make|snakemake|python|git|pip|\.venv/bin)\b.*", outside, re.MULTILINE)
-            assert loose == [], page
+            assert indented(page) == [], page
 
 
 def test_make_knows_its_targets(tmp_path: Path) -> None:
@@ -118,7 +137,7 @@ def test_snakemake_has_a_chain_for_every_target(finished: Path, snakemake: Snake
     """Those without options of their own in one call: each takes seconds."""
     plain: set[str] = set()
     for command in chosen("snakemake"):
-        words = [word for word in command.words[1:] if word not in ("--cores", "all", "-n", "--dry-run")]
+        words = asked(command)
         if command.page.name in MEASURED:
             continue
         if any(word.startswith("-") for word in words):
@@ -131,6 +150,23 @@ def test_snakemake_has_a_chain_for_every_target(finished: Path, snakemake: Snake
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+def test_measured_commands_name_what_exists() -> None:
+    """Those that only who types them can complete as well."""
+    assert [runs(name) for name in ("benchmarks.peers.row", "benchmarks.peers", "benchmarks.no.row")] == [True, 0, 0]
+    seen = set()
+    for command in COMMANDS:
+        if command.page.name in MEASURED:
+            seen.add(command.page.name)
+            if command.words[0] == "python":
+                assert command.words[1] == "-m", command.text
+                assert runs(command.words[2]), f"{command.page.name}: {command.text}"
+            elif command.words[0] == "snakemake":
+                targets = asked(command)
+                assert targets, command.text
+                assert not any(word.startswith("-") for word in targets), command.text
+    assert {"results.md", "performance.md", "peers.md"} <= seen
+
+
 def test_commands_of_the_package_run(finished: Path, tiny_model_folder: Path) -> None:
     folder = finished
     shutil.copytree(tiny_model_folder, folder / "my-model", dirs_exist_ok=True)
@@ -139,14 +175,9 @@ def test_commands_of_the_package_run(finished: Path, tiny_model_folder: Path) ->
     for command in chosen("python"):
         words = command.words
         if words[1] != "-m" or not words[2].startswith("windquant"):
-            assert (
-                words[1] != "-m"
-                or importlib.util.find_spec(words[2].partition(".")[0]) is not None
-                or (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists()
-            ), command.text
+            assert words[1] != "-m" or runs(words[2]), command.text
             continue
         if command.page.name in MEASURED:
-            assert importlib.util.find_spec(words[2]) is not None, command.text
             continue
         if words[2:4] == ["windquant", "quantize"] and "--dry-run" not in words:
             words = [*words, "--dry-run"]  # its steps run in tests/workflow/test_own_model.py

@@ -53,7 +53,7 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*"))
     bits = measured.effective_bits, measured.checkpoint_bits
     text = card(plan, layouts, *bits, measured.measured_bytes, found, result.stem)
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def upload(folder: Path, repository: str, private: bool) -> None:

@@ -70,7 +70,7 @@ def write(
     plan.save(folder / "plan.json")
     measured = measure(folder)
     text = card.card(plan, layouts, measured.effective_bits, measured.checkpoint_bits, measured.measured_bytes)
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     return measured
 
 

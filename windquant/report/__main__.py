@@ -17,7 +17,7 @@ class Settings:
 def run(task: Task, settings: Settings) -> None:
     found = gather.experiments(task.files["results"])
     peers = gather.peers(task.inputs.get("peers"))
-    task.output.write_text(page.page(found, peers))
+    task.output.write_text(page.page(found, peers), encoding="utf-8")
     task.note("results", [str(e.path) for e in found])
 
 

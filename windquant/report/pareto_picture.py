@@ -27,7 +27,7 @@ def run(task: "Task", settings: Settings) -> None:
     if len(models) != 1:
         raise WindquantError(f"--results: one picture is of one model, these are of {', '.join(models)}")
     figure = model_charts.perplexity(models[0], found, [])[0]  # of the first text
-    task.output.write_text(standalone(figure.svg, PAPER))
+    task.output.write_text(standalone(figure.svg, PAPER), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def run(task: "Task", settings: Settings) -> None:
 
     bank = Bank.load(task.inputs["bank"]) if "bank" in task.inputs else None
     plan = Plan.load(task.inputs["plan"])
-    task.output.write_text(standalone(draw(plan, energies(bank) if bank else None), PAPER))
+    drawn = draw(plan, energies(bank) if bank else None)
+    task.output.write_text(standalone(drawn, PAPER), encoding="utf-8")
 
 
 def energies(bank: "Bank") -> dict[str, list[float]]:
