@@ -190,6 +190,11 @@ def variant(text: str, known: Iterable[str]) -> Variant:
     return parsed
 
 
+def result_name(model: str, bits: float | str, name: str) -> str:
+    """File of a result by a variant's name: PPO's has none."""
+    return f"{model}_{bits}bits{'' if name == 'ppo' else f'.{name}'}.json"
+
+
 def variant_of(result: Path) -> Variant | None:
     """What the name of a result's file says (an empty one is PPO); None for a name that the workflow does not give."""
     found = RESULT.fullmatch(result.name)

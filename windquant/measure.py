@@ -43,8 +43,7 @@ SIGNS = (1, -1)
 
 
 class LossMeter:
-    """Measures plans on the original model and one draw of noise: twice the weights' bytes, or those of a
-    layer."""
+    """Measures plans on the original model and one draw of noise, in memory whole or layer by layer."""
 
     def __init__(
         self,

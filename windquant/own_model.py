@@ -87,7 +87,7 @@ def quantize(
     check_output(out)
     out = out.resolve()  # "." has no name
     work = work or out.with_name(f"{out.name}.work")
-    target = Path("results") / f"{name}_{number}bits{'' if allocator == 'ppo' else f'.{allocator}'}.json"
+    target = Path("results") / configuration.result_name(name, number, allocator)
     checkpoint = work / "data" / "checkpoints" / f"{name}_{number}bits.{allocator}" / "quantized"
     (work / "config").mkdir(parents=True, exist_ok=True)
     atomic.write_text(work / "config" / "config.yaml", yaml.safe_dump(document, sort_keys=False))

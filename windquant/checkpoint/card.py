@@ -1,6 +1,5 @@
 """The model card of a packed checkpoint."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,18 +19,6 @@ def shares(layouts: Mapping[str, Layout]) -> dict[str, float]:
     return {name: count / total for name, count in counts.items() if count}
 
 
-def command(plan: Plan, name: str = "") -> str:
-    """The workflow's command that makes the checkpoint and its result.
-
-    name: of the result's file, without ".json". Where it is not one that the workflow gives, the plan tells allocator
-    and seed, but not the change of an ablation.
-    """
-    if not re.fullmatch(rf"{re.escape(plan.model)}_[\d.]+bits(\..+)?", name):
-        variant = plan.allocator if plan.seed == 0 else f"{plan.allocator}-{plan.seed}"
-        name = f"{plan.model}_{float(plan.target_bits)}bits{'' if variant == 'ppo' else f'.{variant}'}"
-    return f"snakemake --cores all results/{name}.json"
-
-
 def quality(result: Mapping[str, Any]) -> str:
     """What a result of the workflow says of perplexity and zero-shot accuracy, as a section of the card."""
     lines = ["", "## Quality", "", "| | original | quantized |", "|---|---|---|"]
@@ -44,11 +31,11 @@ def quality(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def making(plan: Plan, result: Mapping[str, Any], name: str = "") -> str:
+def making(plan: Plan, result: Mapping[str, Any], command: str) -> str:
     """How a result was made, as a section of the card: the command, its seed, and which configuration it needs."""
     return (
-        f"## How it was made\n\n    {command(plan, name)}\n\nwith seed {plan.seed}, under the configuration with the "
-        f"digest `{result['config_sha256']}`.\n"
+        f"## How it was made\n\n    {command}\n\nwith seed {plan.seed}, under the configuration with the digest "
+        f"`{result['config_sha256']}`.\n"
     )
 
 
@@ -59,16 +46,13 @@ def card(
     checkpoint_bits: float,
     measured_bytes: int,
     result: Mapping[str, Any] | None = None,
-    name: str = "",
+    command: str = "",
 ) -> str:
-    """README.md of the checkpoint; with the result of its evaluation also what that found, and the command.
+    """README.md of the checkpoint; with the result of its evaluation also what that found, and the `command` for it.
 
-    name: of the result's file, as in `command`. A checkpoint is written before it is evaluated, so that its own card
-    has no `result` yet.
+    A checkpoint is written before it is evaluated, so that its own card has no `result` yet.
     """
-    evaluated = ""
-    if result is not None:
-        evaluated = f"{quality(result)}\n{making(plan, result, name)}"
+    evaluated = "" if result is None else f"{quality(result)}\n{making(plan, result, command)}"
     form = next(iter(layouts.values())).format
     rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in shares(layouts).items())
     return f"""---

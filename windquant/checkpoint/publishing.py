@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from windquant import result_file
+from windquant import configuration, result_file
 from windquant.checkpoint.card import card
 from windquant.checkpoint.files import check, check_plan, measure, read_config
 from windquant.checkpoint.header import weight_files
@@ -52,8 +52,17 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
         )
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*"))
     bits = measured.effective_bits, measured.checkpoint_bits
-    text = card(plan, layouts, *bits, measured.measured_bytes, found, result.stem)
+    text = card(plan, layouts, *bits, measured.measured_bytes, found, command(plan, result))
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def command(plan: Plan, result: Path) -> str:
+    """The workflow's command for a result. Under a name of its own a file does not tell the change of an ablation."""
+    name = result.name
+    if configuration.variant_of(result) is None:
+        variant = configuration.Variant(plan.allocator, seed=plan.seed or None)
+        name = configuration.result_name(plan.model, float(plan.target_bits), variant.name)
+    return f"snakemake --cores all results/{name}"
 
 
 def upload(folder: Path, repository: str, private: bool) -> None:

@@ -78,10 +78,15 @@ def state_values(window: int, device: torch.device) -> Tensor:
     return table(window).to(device)
 
 
+def padded(whole: int) -> int:
+    """Columns that a kernel takes for a chunk: a power of two."""
+    return max(GROUP, triton.next_power_of_2(whole))
+
+
 @lru_cache(maxsize=16)
 def rotations(whole: int, last: int, device: torch.device) -> Tensor:
     """Rotations of a whole and of the last chunk, float32 [2, n, n], padded with zeros to a power of two."""
-    side = max(GROUP, triton.next_power_of_2(whole))
+    side = padded(whole)
     result = torch.zeros(2, side, side)
     for square, width in zip(result, (whole, last), strict=True):
         square[:width, :width] = rotation(width)
@@ -94,7 +99,7 @@ def butterflies(whole: int, last: int, device: torch.device) -> tuple[Tensor, Te
 
     Both [2, n], of a whole and of the last chunk, padded with zeros to a power of two.
     """
-    side = max(GROUP, triton.next_power_of_2(whole))
+    side = padded(whole)
     depths, factors = torch.zeros(2, side, dtype=torch.int32), torch.zeros(2, side)
     for depth, factor, width in zip(depths, factors, (whole, last), strict=True):
         sizes = torch.tensor(blocks(width))
@@ -263,7 +268,7 @@ class Launch:
         first, last = self.begins[linear : linear + 2]
         rows = self.rows[linear]
         out = torch.empty(rows, self.columns, dtype=dtype, device=self.device)
-        side = self.rotations.shape[1]
+        side = padded(self.form.chunk)
         groups = max(1, DECODED // (GROUP * side))
         dequantize.decode[last - first, triton.cdiv(rows, GROUP * groups)](
             self.linears[linear], self.units[first:last], self.actions[first:last], self.values, ONE,

@@ -100,7 +100,7 @@ def packed_states(packed: Tensor, rows: int, pattern: Pattern, window: int, tile
 
 
 def row_weights(importance: Tensor, scale: Tensor) -> Tensor:
-    """What an error of a row, in its scale, counts in its stream, float32 [rows], one on average.
+    """What an error of a row, in its scale, counts in its stream, float32 [rows]: relative to the mean, at least LEAST.
 
     Never nothing: rows share their streams' codes, and one that counted for nothing would get what suits the others.
     That is noise where the calibration text has only not reached it (a neuron behind a ReLU that has not fired yet).

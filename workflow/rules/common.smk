@@ -190,15 +190,15 @@ def bank_parts(wildcards):
 
 def made(wildcards):
     """The steps on the way to a result that have been made, as far as its room is concerned."""
-    of_plan = f"{wildcards.model}_{wildcards.bits}bits.{wildcards.allocator}"
+    plan = f"{wildcards.model}_{wildcards.bits}bits.{wildcards.allocator}"
     outputs = {
         "model": f"resources/models/{wildcards.model}",
         "calibration": f"data/calibration/{wildcards.model}",
         "statistics": f"data/statistics/{wildcards.model}.safetensors",
         "bank": bank_of(wildcards),
-        "allocation": f"data/plans/{of_plan}.json",
-        "quantize": f"data/checkpoints/{of_plan}/before_recovery",
-        "recovery": f"data/checkpoints/{of_plan}/quantized",
+        "allocation": f"data/plans/{plan}.json",
+        "quantize": f"data/checkpoints/{plan}/before_recovery",
+        "recovery": f"data/checkpoints/{plan}/quantized",
     }
     outputs |= {"search": path for path in search_of(wildcards)}
     return {step for step, path in outputs.items() if Path(path).exists()}
@@ -236,8 +236,8 @@ def manifest_of(function):
 
 
 def result_of(model, bits, name):
-    """The result of an allocator, a change and a seed at a budget: PPO's has no name."""
-    return f"results/{model}_{bits}bits{'' if name == 'ppo' else f'.{name}'}.json"
+    """The result of an allocator, a change and a seed at a budget."""
+    return f"results/{configuration.result_name(model, bits, name)}"
 
 
 def of_plan(*patterns):
