@@ -1,17 +1,20 @@
 """The report of results that differ in more than their budget."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
-from tests.result.experiment import assemble, chain
+from tests.result.experiment import assemble, chain, checkpoint, make
 from windquant import step
-from windquant.report import __main__ as report, gather, page
+from windquant.plan import Plan
+from windquant.report import __main__ as report, gather, model_charts, page
 
 OTHER = {"original": 12.0, "before_recovery": 90.0, "quantized": 30.25}
 PIQA = {"piqa": {"original": 0.8, "quantized": 0.7, "stderr": 0.05, "samples": 50}}
@@ -73,6 +76,39 @@ def test_changes_and_seeds_are_told_apart(entry: dict[str, Any]) -> None:
     assert lines[0].count("L") == 2
     legend = picture.partition('class="legend"')[2].partition("</p>")[0]
     assert len({part.split('"')[0] for part in legend.split('class="mark ')[1:]}) == 3
+
+
+def gaps(name: str, entry: dict[str, Any], predicted: float, reward: float | None, *after: float) -> gather.Experiment:
+    """A result with these loss gaps on the first text, before recovery and after it."""
+    plan, quantized = Path(f"{name}.plan.json"), Path(f"{name}.quantized")
+    Plan("m", "ppo", 2.0, 2.0, 10, 40, 0, {"layers.0.q": ["scalar-2"]}, predicted_loss=predicted).save(plan)
+    notes = {} if reward is None else {"divergence": {"before": reward, "after": 0.1, "kept": True}}
+    make("recovery", str(quantized), checkpoint(10, **notes))
+    values = dict(
+        zip(("original", "before_recovery", "quantized"), (math.exp(3 + g) for g in (0, *after)), strict=True)
+    )
+    changed = entry | {"perplexity": {"wikipedia": values}}
+    return gather.Experiment(Path(f"results/{name}.json"), changed, {"plan": plan, "quantized": quantized})
+
+
+def test_predictions_and_rewards_are_compared_with_what_came(entry: dict[str, Any]) -> None:
+    rows = [(0.5, 0.6, 0.55, 0.4), (0.7, 0.66, 0.8, 0.5), (0.6, 0.8, 0.9, 0.45), (0.9, None, 0.95, 0.8)]
+    found = [gaps(f"m_2.0bits.ppo-{seed}", entry, *row) for seed, row in enumerate(rows)]
+    elsewhere = gaps("m_2.0bits.ppo-4", entry, 9.0, 9.0, 0.0, 0.0)
+    elsewhere.result["perplexity"] = {"wikitext-2-raw-v1": OTHER}
+    figure = model_charts.proxy("m", [*found, elsewhere])
+    assert figure is not None
+    assert figure.table[1:] == tuple(
+        (f"m_2.0bits.ppo-{seed}", *("" if gap is None else f"{gap:.4f}" for gap in row))
+        for seed, row in enumerate(rows)
+    ), "another text is no comparison"
+    predicted, reward, before, after = (numpy.array(column, dtype=float) for column in zip(*rows, strict=True))
+    for stage, measured in (("before recovery", before), ("after it", after)):
+        every = numpy.corrcoef(predicted, measured)[0, 1]
+        some = numpy.corrcoef(reward[:3], measured[:3])[0, 1]
+        assert f"{stage} predicted loss {every:.3f}, divergence on the reward split {some:.3f}" in figure.caption
+    assert "divergence 0.8000, measured 0.9000" in figure.svg
+    assert model_charts.proxy("m", [found[0], elsewhere]) is None
 
 
 def test_the_locale_does_not_decide_the_encoding(entry: dict[str, Any], tmp_path: Path) -> None:

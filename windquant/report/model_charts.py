@@ -1,9 +1,9 @@
 """The pictures of all results of one model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from windquant.report import plan_picture
 from windquant.report.figure import PEERS, Figure, Row, key, make, series, show
@@ -172,31 +172,57 @@ def shares(model: str, found: Sequence[Experiment]) -> Figure:
     )  # fmt: skip
 
 
+class Gaps(NamedTuple):
+    """What was known of a plan beforehand, and what it cost on the test text; nats per token."""
+
+    experiment: Experiment
+    predicted: float  # by the bank
+    reward: float | None  # divergence on the reward split before recovery; None: not here
+    before: float  # recovery
+    after: float
+
+
 def proxy(model: str, found: Sequence[Experiment]) -> Figure | None:
-    """The bank's prediction against the loss on the test text, over all results of a model."""
+    """The bank's prediction and the divergence on the reward split against the loss on the first text."""
+    dataset = datasets(found)[0]
     rows = []
     for e in found:
-        values = next(iter(e.result["perplexity"].values()))
-        if e.plan is not None:
-            rows.append((e, e.plan.predicted_loss, math.log(values["before_recovery"] / values["original"])))
+        if e.plan is not None and (values := e.result["perplexity"].get(dataset)):
+            reward = (e.note("quantized", "divergence") or {}).get("before")
+            gaps = (math.log(values[stage] / values["original"]) for stage in ("before_recovery", "quantized"))
+            rows.append(Gaps(e, e.plan.predicted_loss, reward, *gaps))
     if len(rows) < 2:
         return None
-    span = extent([value for _, x, y in rows for value in (x, y)])
-    plot = Plot(span, span, "predicted loss increase, nats per token", "on the test text, nats per token")
+    rewarded = [(row, row.reward) for row in rows if row.reward is not None]
+    values = [value for row in rows for value in (row.predicted, row.before)] + [reward for _, reward in rewarded]
+    span = extent(values)
+    plot = Plot(
+        span, span, "predicted, or divergence on the reward split, nats per token", f"on {dataset}, nats per token"
+    )
     plot.line([(span[0], span[0]), (span[1], span[1])], PEERS, "thin dashed")
     marks = series(e.variant for e in found)
-    for e, x, y in rows:
-        plot.dot(x, y, marks[e.variant], f"{e.title}: predicted {x:.4f}, measured {y:.4f}")
-    r = correlation([(x, y) for _, x, y in rows])
-    says = f"{len(rows)} quantized models before recovery: Pearson's r of predicted and final loss is {show(r)}."
-    return Figure(
-        "Prediction against final loss",
-        plot.picture(f"Predicted against final loss of {model}", says),
-        f"{says} Dashed: equal. The paper reports 0.997 for its proxy.",
-        (make(*(e.path for e, _, _ in rows)),),
-        (("result", "predicted", "final"), *((e.path.stem, f"{x:.4f}", f"{y:.4f}") for e, x, y in rows)),
-        key(marks, (e.variant for e, _, _ in rows)),
+    for row, reward in rewarded:
+        hint = f"{row.experiment.title}: divergence {reward:.4f}, measured {row.before:.4f}"
+        plot.dot(reward, row.before, marks[row.experiment.variant], hint, hollow=True, size=4)
+    for row in rows:
+        hint = f"{row.experiment.title}: predicted {row.predicted:.4f}, measured {row.before:.4f}"
+        plot.dot(row.predicted, row.before, marks[row.experiment.variant], hint)
+    measured: tuple[tuple[str, Callable[[Gaps], float]], ...]
+    measured = ("before recovery", lambda row: row.before), ("after it", lambda row: row.after)
+    says = f"{len(rows)} quantized models. Pearson's r with the loss gap on {dataset}: " + "; ".join(
+        f"{stage} predicted loss {show(correlation([(row.predicted, gap(row)) for row in rows]))}, "
+        f"divergence on the reward split {show(correlation([(reward, gap(row)) for row, reward in rewarded]))}"
+        for stage, gap in measured
     )
+    return Figure(
+        "Prediction, reward and final loss",
+        plot.picture(f"Predicted loss and divergence against the final loss of {model}", f"{says}."),
+        f"{says}. Full: predicted; hollow: divergence; dashed: equal. The paper reports 0.997 for its proxy.",
+        (make(*(row.experiment.path for row in rows)),),
+        (("result", "predicted", "reward split", "before recovery", "after it"),
+         *((e.path.stem, *("" if gap is None else f"{gap:.4f}" for gap in gaps)) for e, *gaps in rows)),
+        key(marks, (row.experiment.variant for row in rows)),
+    )  # fmt: skip
 
 
 def best_of(count: int) -> str:
