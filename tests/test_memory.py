@@ -57,12 +57,12 @@ def test_the_smallest_limit_of_the_control_groups_counts(tmp_path: Path, monkeyp
     for name, text in limits.items():
         if text is not None:
             (tmp_path / name).write_text(text + "\n")
-    monkeypatch.setattr(memory, "_control_groups", lambda: [tmp_path / name for name in limits])
+    monkeypatch.setattr(memory, "_limits", lambda: [tmp_path / name for name in limits])
     assert memory.total() == 2**28
 
 
 def test_the_groups_around_a_process_are_asked_too() -> None:
-    files = memory._control_groups()
+    files = memory._limits()
     if Path("/proc/self/cgroup").is_file():
         assert any(file.parent in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")) for file in files)
     assert all(file.name in ("memory.max", "memory.limit_in_bytes") for file in files)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from windquant import atomic, dependencies, manifest, step, tracking
+from windquant import atomic, control_groups, dependencies, manifest, step, tracking
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 
@@ -86,7 +86,7 @@ def test_output_and_manifest() -> None:
     assert found.config_sha256 == manifest.config_sha256("demo", {"text": "hi", "tasks": []}, 7)
     assert found.command.endswith("--output data/out --text hi --seed 7 --source in.txt --more in.txt")
     assert abs(calendar.timegm(time.strptime(found.started, "%Y-%m-%dT%H:%M:%SZ")) - time.time()) < 60
-    assert found.machine["threads"] == str(os.cpu_count())
+    assert found.machine["threads"] == str(control_groups.cores())
     assert (found.code, found.lock) == ("", "")  # this module is not of the package, and was not called by a rule
     assert set(json.loads(Path("data/out.manifest.json").read_text())) == {
         *("step", "settings", "seed", "inputs", "output", "seconds", "peak_memory_bytes", "versions"),

@@ -8,7 +8,6 @@ job needs is missing.
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from windquant import configuration, cost, dependencies, memory, processor
+from windquant import configuration, control_groups, cost, dependencies, memory, processor
 from windquant.shape import Shape, known
 
 ROOT = dependencies.ROOT.parent
@@ -122,7 +121,8 @@ def of_processor() -> Finding:
     """Cores, and the instructions that decide how fast and how rounded products are."""
     found = processor.this()
     speed = "fast BF16: statistics, search and recovery use it" if found.fast_bfloat16 else "no fast BF16: all in FP32"
-    return Finding(GOOD, "processor", f"{cores()} cores, {' '.join(found.instructions) or platform.machine()}; {speed}")
+    instructions = " ".join(found.instructions) or platform.machine()
+    return Finding(GOOD, "processor", f"{control_groups.cores()} cores, {instructions}; {speed}")
 
 
 def device() -> tuple[int, str]:
@@ -170,7 +170,7 @@ def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator
         if shape is None:
             yield Finding(WARNING, name, "its size is known once it is here")
             continue
-        machine = (cost.gpu if on_gpu else cost.cpu)(cores())
+        machine = (cost.gpu if on_gpu else cost.cpu)(control_groups.cores())
         wanted = cost.needs(shape, resolved, BITS, machine, on_gpu)
         held, space = max(need.memory for need in wanted.values()), sum(need.disk for need in wanted.values())
         seconds = sum(need.seconds for need in wanted.values())
@@ -190,10 +190,6 @@ def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator
         yield Finding(
             WARNING if lacking else GOOD, name, about + (f"; lacks {' and '.join(lacking)}" if lacking else "")
         )
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def said_time(seconds: float) -> str:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from windquant import configuration, memory, own_model
+from windquant import configuration, control_groups, memory, own_model
 from windquant.cost import Need, Settings, cpu, gpu, needs
 from windquant.errors import WindquantError
 from windquant.progress import duration
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m windquant estimate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a name in config/config.yaml, a Hugging Face folder, or a config.json")
     parser.add_argument("--bits", type=float, default=2.0, help="target bits (default %(default)s)")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="of the machine (default: all)")
+    parser.add_argument("--cores", type=int, default=control_groups.cores(), help="of the machine (default: all)")
     parser.add_argument("--gpu", action="store_true", help="with a GPU: its rates are assumed, not measured")
     parser.add_argument("--json", action="store_true", help="print JSON: seconds and bytes by step")
     options = parser.parse_args(arguments)

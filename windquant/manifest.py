@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -122,7 +121,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(threads: int | None) -> dict[str, str]:
+def machine(threads: int) -> dict[str, str]:
     """What rounding depends on: the processor, its instructions, threads, GPU (only looked for if torch is loaded)."""
     found = processor.this()
     torch = sys.modules.get("torch")
@@ -130,7 +129,7 @@ def machine(threads: int | None) -> dict[str, str]:
     return {
         "processor": f"{platform.machine()} {found.maker}".strip(),
         "instructions": " ".join(found.instructions),
-        "threads": str(threads or os.cpu_count()),
+        "threads": str(threads),
         "gpu": gpu,
     }
 

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from windquant import control_groups
 from windquant.errors import WindquantError
 
 GIB = 2**30
@@ -50,7 +51,7 @@ def limit() -> int:
 def total() -> int:
     """Bytes of the machine's memory, or of what its control groups or WINDQUANT_MEMORY allow."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _control_groups():
+    for path in _limits():
         if path.is_file() and (text := path.read_text().strip()).isdigit():
             found = min(found, int(text))
     if text := os.environ.get(LIMIT, ""):
@@ -66,7 +67,7 @@ def free() -> int:
     import psutil
 
     found = int(psutil.virtual_memory().available)
-    for path in _control_groups():
+    for path in _limits():
         used = path.with_name(USED[path.name])
         try:
             found = min(found, int(path.read_text()) - int(used.read_text()))
@@ -85,17 +86,5 @@ def keep_freed() -> bool:
     return tune is not None and all(tune(option, size) for option, size in KEPT.items())
 
 
-def _control_groups() -> list[Path]:
-    """The files with the memory limits of this process's control groups and of those around them, versions 1 and 2."""
-    found = []
-    own = Path("/proc/self/cgroup")
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, controllers, group = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root, name = ("/sys/fs/cgroup", "memory.max") if not controllers else (
-            "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        )  # fmt: skip
-        place = Path(root) / group.lstrip("/")
-        found += [folder / name for folder in (place, *place.parents) if folder.is_relative_to(root)]
-    return found
+def _limits() -> list[Path]:
+    return control_groups.files("memory", "memory.limit_in_bytes", "memory.max")

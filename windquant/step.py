@@ -32,6 +32,7 @@ from typing import Any, NoReturn, TypeVar
 
 from windquant import (
     atomic,
+    control_groups,
     dependencies,
     exclusive,
     integrity,
@@ -58,7 +59,7 @@ class Frame:
     """The settings that every step has."""
 
     seed: int = 0  # of every random choice
-    threads: int | None = None  # of the computation; none: all cores
+    threads: int | None = None  # of the computation; none, or more than there are: all cores
     code: str = ""  # digest of the code, for the manifest; empty: of the step's module and what it imports
     lock: str = ""  # digest of the locked packages, for the manifest
 
@@ -153,12 +154,13 @@ def _run(
     def key() -> str:
         return cache_key(step, plain, arguments.seed, digests, code_digest(run))
 
+    available = control_groups.cores()
+    threads = min(arguments.threads or available, available)
     if not light:
-        memory.keep_freed()
-    if arguments.threads and not light:
         import torch
 
-        torch.set_num_threads(arguments.threads)
+        memory.keep_freed()
+        torch.set_num_threads(threads)
     commit, dirty = manifest.git_state()
 
     child = tracking.child(arguments.experiment, step, plain, arguments.seed, output, commit, dirty)
@@ -193,7 +195,7 @@ def _run(
                 lock=arguments.lock,
                 command=command,
                 started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - (time.monotonic() - start))),
-                machine=manifest.machine(arguments.threads),
+                machine=manifest.machine(threads),
             )
             json.dumps(document.notes)  # an error here leaves no artifact without a manifest
             tracker.metrics({"seconds": document.seconds, **_flat(document.peak_memory_bytes, "peak_memory_bytes")})

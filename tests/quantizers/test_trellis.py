@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from windquant.quantizers import actions
 from windquant.quantizers.base import Fit
 from windquant.quantizers.trellis import DISTORTION, Trellis, packed_states, states, table, tile_rows
-from windquant.quantizers.viterbi import compiled
+from windquant.quantizers.viterbi import compiled, use_threads
 from windquant.storage import Pattern, pack
 
 WINDOW = 8
@@ -150,3 +151,17 @@ def test_rows_that_seem_to_count_for_nothing_are_no_noise(share: float) -> None:
     errors = (coded.decoded - columns).square().mean(0)
     assert errors[dead].mean() < 0.7
     assert share == 1 or errors[~dead].mean() < 1.1 * DISTORTION[2.0, WINDOW]
+
+
+def test_the_search_takes_as_many_threads_as_torch() -> None:
+    """Not all that numba sees: a job may have less of the machine."""
+    before, most = torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS
+    chunk, action = torch.randn(32, 8), actions(8)["trellis-2"]
+    try:
+        for count in (most, 1, 10_000):
+            use_threads(count % 2 + 1)  # another number
+            torch.set_num_threads(count)
+            action.encode(chunk.T.contiguous(), action.fit(chunk, torch.ones(8)), torch.ones(32), torch.eye(8))
+            assert numba.get_num_threads() == min(count, most)
+    finally:
+        torch.set_num_threads(before)

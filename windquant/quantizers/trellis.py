@@ -125,8 +125,9 @@ class Trellis:
         return Fit(chunk.square().mean(1).sqrt() * SHRINK[float(self.bits)])
 
     def encode(self, columns: Tensor, fit: Fit, importance: Tensor, feedback: Tensor) -> Coded:
-        from windquant.quantizers.viterbi import compiled
+        from windquant.quantizers.viterbi import compiled, use_threads
 
+        use_threads(torch.get_num_threads())
         codes, decoded, errors = compiled(*self.pattern, self.window)(
             columns.contiguous().numpy(),
             np.ascontiguousarray(fit.scale.numpy()),

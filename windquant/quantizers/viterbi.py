@@ -30,6 +30,11 @@ if "+avx512f" in (features := config.CPU_FEATURES or codegen.get_host_cpu_featur
     config.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
+def use_threads(count: int) -> None:
+    """Let searches take `count` threads at most; by itself numba takes all processors that it sees."""
+    numba.set_num_threads(min(count, config.NUMBA_NUM_THREADS))
+
+
 @numba.njit(boundscheck=False, inline="always")
 def _stage(
     bits: int,

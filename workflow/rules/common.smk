@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(str(workflow.basedir))
-ALL_CORES = workflow.cores or 1
+ALL_CORES = workflow.cores or 1  # as a job's threads: no two jobs at once
 
 # `python -m windquant` in the rules means the python that runs Snakemake, also where its environment is not
 # activated, and the package beside this workflow, also where another clone is installed.
@@ -23,10 +23,13 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
-from windquant import configuration, dependencies, estimate, gpus, progress
+from windquant import configuration, control_groups, dependencies, estimate, gpus, progress
 from windquant.errors import WindquantError
 from windquant.evaluation import local
 from windquant.manifest import Manifest
+
+#: What computes: a step takes no more than a container's share of the processors that Snakemake sees.
+CORES = min(ALL_CORES, control_groups.cores()) if workflow.local_exec else ALL_CORES
 
 if sys.stderr.isatty():  # the steps' bars go there, past the pipes into their logs
     os.environ[progress.TERMINAL] = "yes"
@@ -146,7 +149,7 @@ def ask(step, resource):
         if resource == "gpu":
             return 1 if GPUS else None
         bits = float(getattr(wildcards, "bits", 16))
-        found = estimate.resources(holds(wildcards), step, bits, ALL_CORES, bool(GPUS), attempt)
+        found = estimate.resources(holds(wildcards), step, bits, CORES, bool(GPUS), attempt)
         return found[resource]
 
     return asked
@@ -211,7 +214,7 @@ def bank_of_plan(wildcards):
     allocator = variant(wildcards).allocator
     finished = Path(result_of(wildcards.model, wildcards.bits, wildcards.allocator)).exists()
     if workflow.is_main_process and workflow.local_exec and not workflow.dryrun and not finished:
-        estimate.check_room(holds(wildcards), bits, allocator, ALL_CORES, bool(GPUS), made(wildcards))
+        estimate.check_room(holds(wildcards), bits, allocator, CORES, bool(GPUS), made(wildcards))
     return bank_of(wildcards)
 
 
