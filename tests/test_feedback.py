@@ -267,3 +267,15 @@ def test_zeros_do_not_hurt_the_rest(names: str, dead: str) -> None:
     pruned = weight.masked_fill(zero, 0)
     found = loss(pruned, quantized(pruned, covariance, form)[1], covariance)
     assert found < 1.1 * expected
+
+
+@pytest.mark.parametrize("names", ["scalar-8 trellis-4", "scalar-8 scalar-8", "scalar-8 scalar-4"])
+def test_8_bits_do_not_cut_off_a_single_large_weight(names: str) -> None:
+    """Forty times the others in one row and chunk, as the weight that makes a model's attention sink."""
+    weight, covariance = 0.1 * gaussian(ROWS, COLUMNS), torch.eye(COLUMNS)
+    weight[3, 5] = 4.0
+    covariance[5, 5] = 1e4
+    _, decoded, order = quantized(weight, covariance, layout(names))
+    assert decoded[3, 5].item() == pytest.approx(4.0, rel=0.02)
+    error = (decoded - weight)[:, order[:CHUNK]]
+    assert error.square().mean().sqrt() < 0.01, "and the others keep most of their 8 bits"

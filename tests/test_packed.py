@@ -200,6 +200,25 @@ def test_scales_are_off_by_half_a_step_at_most(rows: int, chunks: int, spread: f
         assert (error[inside] <= step / 2 + 1e-3).all()
 
 
+@quickly
+@given(st.integers(1, 40), st.integers(1, 12), st.floats(0.001, 1.0), st.floats(-9, 9), st.integers(0, 10**6))
+def test_scales_that_may_not_get_smaller_do_not(
+    rows: int, chunks: int, spread: float, outlier: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.exp2(
+        spread * torch.randn(rows, chunks, generator=generator) - 20 * torch.rand(1, generator=generator)
+    )
+    scales[0, 0] *= 2**outlier  # of one row in one chunk
+    coder = ScaleCoder.fit(scales)
+    for chunk in scales.T:
+        codes, share = coder.encode(chunk, least=True)
+        ratio = (coder.decode(codes, share) / chunk).log2()
+        assert int(codes.max()) < 16
+        assert ratio.min() > -1e-4
+        assert (ratio[codes > 0] <= float(coder.step) + 1e-3).all(), "nor larger than they must"
+
+
 def test_a_row_of_zeros_has_a_scale() -> None:
     scales = torch.zeros(3, 2)
     coder = ScaleCoder.fit(scales)

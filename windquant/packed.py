@@ -26,6 +26,7 @@ SCALE_BITS = 4
 ROW_STEP = 1 / 16  # of log2 of a row's scale
 STEPS = tuple(0.02 * 1.3**i for i in range(14))  # candidates for `step`, 0.02 to 0.6
 FLOOR = 2.0**-40  # of a scale: a row of zeros has one too
+HALF_ERROR = 2.0**-6  # of a chunk's share rounded to FP16, below 2^6
 DEAD = 2.0**-15  # of the largest scale: what is below (a row or block of zeros) has no say in what rows share
 
 
@@ -225,13 +226,21 @@ class ScaleCoder:
     def row_logs(self) -> Tensor:
         return self.base.float() + self.rows.float() * ROW_STEP
 
-    def encode(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale of one chunk [rows] -> codes uint8 [rows] and the chunk's share, an FP16 scalar."""
+    def encode(self, scale: Tensor, least: bool = False) -> tuple[Tensor, Tensor]:
+        """Scale of one chunk [rows] -> codes uint8 [rows] and the chunk's share, an FP16 scalar.
+
+        least: none may get smaller, because the largest weights would be cut off. With nearest codes a row whose scale
+        in this chunk is far above its others gets the highest code, which may be far too low.
+        """
         rest = scale.clamp_min(FLOOR).log2() - self.row_logs
         chunk = rest[_alive(scale)].median().half()
         step = self.step.float()
-        codes = ((rest - chunk.float()) / step + 7.5).round().clamp(0, 15).to(torch.uint8)
-        return codes, chunk
+        if not least:
+            codes = ((rest - chunk.float()) / step + 7.5).round()
+        else:
+            chunk = torch.maximum(chunk, (rest.max() - 7.5 * step + HALF_ERROR).half())
+            codes = ((rest - chunk.float()) / step + 7.5).ceil()
+        return codes.clamp(0, 15).to(torch.uint8), chunk
 
     def decode(self, codes: Tensor, chunk: Tensor) -> Tensor:
         """Scales [rows] of one chunk."""

@@ -18,7 +18,7 @@ def fit(entry: Scalar, columns: Tensor, energy: Tensor) -> Fit:
     width, rows = columns.shape
     scales = torch.empty(rows, device=columns.device)
     offsets = torch.empty_like(scales) if entry.has_offset else None
-    clips = torch.ones(1) if entry.levels == 256 else torch.linspace(0.35, 1.0, CLIPS)
+    clips = torch.ones(1) if entry.covers else torch.linspace(0.35, 1.0, CLIPS)
     block = 16
     quantize.fit[(triton.cdiv(rows, block),)](
         columns, energy, clips.to(columns.device), scales, offsets, rows, width, LEVELS=entry.levels,

@@ -28,6 +28,11 @@ class Scalar:
     has_scale: bool = True
 
     @property
+    def covers(self) -> bool:
+        """Whether the scale is that of the largest weight, which a smaller one would cut off."""
+        return self.levels == 256
+
+    @property
     def middle(self) -> float:
         return (self.levels - 1) / 2
 
@@ -42,7 +47,7 @@ class Scalar:
         weights = energy / energy.mean().clamp_min(tiny)
         best = Fit(spread / max(self.levels - 1, 1), center / spread * max(self.levels - 1, 1))
         lowest = torch.full_like(low, torch.inf)
-        clips = [1.0] if self.levels == 256 else torch.linspace(0.35, 1.0, CLIPS).tolist()
+        clips = [1.0] if self.covers else torch.linspace(0.35, 1.0, CLIPS).tolist()
         for clip in clips:
             scale = spread * clip / (self.levels - 1)
             offset = center / scale
