@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distortion", description=(__doc__ or "").split("\n")[0])
     trellises = [name for name in actions() if name.startswith("trellis")]
     parser.add_argument("--actions", default=",".join(trellises))
-    parser.add_argument("--windows", default="8,10,12")
+    parser.add_argument("--windows", default="8,10,12,14")
     parser.add_argument("--columns", type=int, default=512, help=f"streams of {TILE} values")
     options = parser.parse_args()
     for name in options.actions.split(","):

@@ -228,7 +228,7 @@ def test_planned_bytes_are_those_of_the_checkpoint(name: str, tmp_path: Path) ->
     bank = make(name, weights, statistics, Units(32, 0.03, WINDOW, "saliency", dtype), NAMES)
     plan = bank.plan(any_choice(bank), allocator="random", target_bits=16, seed=0)
     layouts = layouts_of(plan, statistics.linears)
-    tensors = dict(quantized_linears(model, layouts, "saliency", statistics, ids, 4))
+    tensors = dict(quantized_linears(model, layouts, "saliency", statistics, [ids], 4))
     measured = checkpoint.write(
         tmp_path / "packed", model, layouts, tensors.items(), streaming.parameters(model, layouts), plan, source
     )

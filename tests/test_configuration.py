@@ -124,7 +124,7 @@ def test_a_models_own_section_wins_over_the_shared_one_and_that_over_the_default
         ({"models": {"a": HUB}, "units": {"chunk": "many"}}, "units.chunk: 'many' is not of type 'integer'"),
         ({"models": {"a": HUB}, "units": {"protected": 1.5}}, "units.protected: 1.5 is greater than"),
         ({"models": {"a": HUB}, "units": {"protected": 1}}, "units.protected: 1 is greater than or equal to"),
-        ({"models": {"a": HUB}, "units": {"window": 9}}, "units.window: 9 is not one of [8, 10, 12]"),
+        ({"models": {"a": HUB}, "units": {"window": 9}}, "units.window: 9 is not one of [8, 10, 12, 14]"),
         ({"models": {"a": HUB}, "search": {"n_envs": 1}}, "search.n_envs: 1 is less than the minimum of 2"),
         ({"models": {"a": HUB}, "search": {"targets": []}}, "search.targets: []"),
         (

@@ -180,7 +180,7 @@ def test_plans_are_compared_as_really_quantized_models(prepared: Prepared, meter
         for plan, nats in zip(plans, found, strict=True):
             model = models.load(prepared.model)
             layouts = layouts_of(plan, statistics.linears)
-            dict(quantized_linears(model, layouts, "saliency", statistics, texts.calibration.long(), 16))
+            dict(quantized_linears(model, layouts, "saliency", statistics, [texts.calibration.long()], 16))
             assert nats == pytest.approx(kl_divergence(model(ids).logits, exact).item(), rel=1e-4)
     assert seen == [1] * 2 * len(meter.bank.linears)
     assert meter.loss_gap(choice(meter, "scalar-2")) == measured, "measuring goes on as before"
@@ -217,6 +217,6 @@ def test_the_measured_gap_is_about_that_of_real_quantization(meter: LossMeter, p
     layouts = layouts_of(uniform(prepared, action), statistics.linears)
     ids = texts.reward.long()
     with in_float32(), torch.no_grad():
-        dict(quantized_linears(model, layouts, "saliency", statistics, texts.calibration.long(), 4))
+        dict(quantized_linears(model, layouts, "saliency", statistics, [texts.calibration.long()], 4))
         real = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item() - meter.original
     assert 0.5 < meter.loss_gap(choice(meter, action)) / real < 2

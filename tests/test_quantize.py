@@ -110,7 +110,7 @@ def test_skipping_everything_changes_no_weight(prepared: Prepared) -> None:
     plan = uniform(prepared, "skip")
     plan = dataclasses.replace(plan, units=dataclasses.replace(plan.units, protected=0.0))
     model, original = models.load(prepared.model), models.load(prepared.model)
-    dict(quantized_linears(model, layouts_of(plan, statistics.linears), "saliency", statistics, ids, 8))
+    dict(quantized_linears(model, layouts_of(plan, statistics.linears), "saliency", statistics, [ids], 8))
     for name, parameter in original.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
 
@@ -121,7 +121,7 @@ def test_each_layer_is_quantized_on_the_quantized_layers_before_it(prepared: Pre
     layouts = layouts_of(uniform(prepared, "scalar-3"), statistics.linears)
     model = models.load(prepared.model)
     with in_float32():
-        tensors = dict(quantized_linears(model, layouts, "saliency", statistics, ids, 8))
+        tensors = dict(quantized_linears(model, layouts, "saliency", statistics, [ids], 8))
 
     prefix = models.load(prepared.model)  # its first layer quantized, the second original
     for linear in statistics.linears:
@@ -154,11 +154,37 @@ def test_the_batch_does_not_matter(prepared: Prepared) -> None:
     layouts = layouts_of(uniform(prepared, "scalar-4"), statistics.linears)
     with in_float32():
         one, two = (
-            dict(quantized_linears(models.load(prepared.model), layouts, "saliency", statistics, ids, batch))
+            dict(quantized_linears(models.load(prepared.model), layouts, "saliency", statistics, [ids], batch))
             for batch in (3, 8)
         )
     for name, tensors in one.items():
         assert (tensors["codes"] == two[name]["codes"]).float().mean() > 0.99
+
+
+def test_covariances_are_those_of_all_texts(prepared: Prepared, made: Path, tmp_path: Path) -> None:
+    """Texts may have any length; recovery's is asked for by its windows."""
+    statistics, texts = Statistics.load(prepared.statistics), calibration.load(prepared.calibration)
+    one, other = texts.calibration.long(), texts.recovery.long()
+    layouts = layouts_of(uniform(prepared, "scalar-4"), statistics.linears)
+    with in_float32():
+        whole, parted, alone, longer = (
+            dict(quantized_linears(models.load(prepared.model), layouts, "saliency", statistics, given, 8))
+            for given in ([one], [one[:5], one[5:]], [one[:5]], [one[:5], other[:4], other[:0]])
+        )
+    same, less, more = (
+        torch.stack([(tensors["codes"] == found[name]["codes"]).float().mean() for name, tensors in whole.items()])
+        for found in (parted, alone, longer)
+    )
+    assert same.min() > 0.95 > less.max()
+    assert more.max() < 0.95
+
+    packed = checkpoint.read(quantized(prepared, mixed(prepared), tmp_path / "more", "--recovery-windows", "4"))
+    given = [one, other[:4]]
+    expected = dict(quantized_linears(models.load(prepared.model), packed.layouts, "saliency", statistics, given, 16))
+    before = checkpoint.read(made)
+    for name, tensors in expected.items():
+        assert torch.equal(packed.tensors[name]["codes"], tensors["codes"])
+    assert any(not torch.equal(packed.tensors[name]["codes"], before.tensors[name]["codes"]) for name in expected)
 
 
 def test_a_smaller_batch_begins_with_the_original_again(
@@ -190,7 +216,7 @@ def test_natural_order_is_kept(prepared: Prepared) -> None:
     plan = dataclasses.replace(plan, units=dataclasses.replace(plan.units, order="natural", protected=0.0))
     layouts = layouts_of(plan, statistics.linears)
     model = models.load(prepared.model)
-    tensors = dict(quantized_linears(model, layouts, "natural", statistics, ids, 8))
+    tensors = dict(quantized_linears(model, layouts, "natural", statistics, [ids], 8))
     for name, layout in layouts.items():
         decoded = dequantize(layout, tensors[name], torch.arange(layout.linear.columns))
         torch.testing.assert_close(decoded, model.get_parameter(f"{name}.weight"), rtol=1e-5, atol=1e-6)

@@ -113,7 +113,7 @@ class Costs:
         self.answered = 13_000 * len(settings["evaluation"]["tasks"])  # of a few hundred records
         # seconds
         self.reading, self.decoding = 2 * s.parameters / machine.read, s.weights / machine.decode
-        self.searched = s.weights / machine.search
+        self.searched = s.weights * 2.0 ** (settings["units"]["window"] - 12) / machine.search
         # bytes; resident is what a streaming pass holds: what is outside of the layers, one layer in use, one as stored
         self.whole, self.resident = FLOAT * s.parameters, FLOAT * s.outside + 6 * s.layer
         self.matrices = FLOAT * sum(columns**2 for columns in s.inputs) + 24 * max(s.inputs) ** 2
@@ -222,11 +222,13 @@ class Costs:
         )
 
     def quantize(self) -> Need:
-        m = self.machine
-        states = FLOAT * self.shape.hidden * self.calibrated
+        m, text = self.machine, self.settings["calibration"]
+        windows = min(self.settings["quantize"]["recovery_windows"], text["recovery_samples"])
+        tokens = self.calibrated + windows * text["recovery_length"]
+        states = FLOAT * self.shape.hidden * tokens
         return self.need(
             self.searched
-            + self.calibrated * (2 * self.token / m.fast + self.covariance / m.products)
+            + tokens * (2 * self.token / m.fast + self.covariance / m.products)
             + self.factors / m.solves
             + self.reading,
             self.resident + states + self.matrices + self.inside(self.batch),

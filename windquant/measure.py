@@ -186,7 +186,7 @@ class LossMeter:
             found = self._flow(model, self.other, compute.autocast)
             layouts = layouts_of(plan, self.statistics.linears)
             for _ in quantized_linears(
-                model, layouts, plan.units.order, self.statistics, self.samples, samples, along=[found]
+                model, layouts, plan.units.order, self.statistics, [self.samples], samples, along=[found]
             ):
                 update(1)
             yield divergence_of(model, found, self.model, exact, self.other)

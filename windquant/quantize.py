@@ -4,7 +4,8 @@
 
 For every decoder layer: one pass of the calibration set for the covariances of its linears' inputs, error feedback for
 each linear (feedback.py), and one pass of the quantized layer for the next layer's inputs. Every layer is read from the
-files once.
+files once. Covariances of more text are better ones, and take longer: `--recovery-windows` adds text that recovery
+trains on.
 """
 
 import tempfile
@@ -27,17 +28,19 @@ from windquant.units import Linear, chunk_widths, protected_count
 @dataclass(frozen=True)
 class Settings:
     batch: int = 16  # calibration samples at a time
+    recovery_windows: int = 0  # of recovery's text, or as many as it has, that covariances are taken from too
 
 
 def run(task: step.Task, settings: Settings) -> None:
     plan = Plan.load(task.inputs["plan"])
     statistics = Statistics.load(task.inputs["statistics"])
-    ids = calibration.load(task.inputs["calibration"]).calibration.long()
+    texts = calibration.load(task.inputs["calibration"])
+    given = texts.calibration.long(), texts.recovery[: settings.recovery_windows].long()
     layouts = layouts_of(plan, statistics.linears)
 
     def written(batch: int) -> checkpoint.Measured:
         model = streaming.load(task.inputs["model"])  # anew for a smaller batch: its weights are replaced as it goes
-        found = quantized_linears(model, layouts, plan.units.order, statistics, ids, batch, task.output.parent)
+        found = quantized_linears(model, layouts, plan.units.order, statistics, given, batch, task.output.parent)
         others = streaming.parameters(model, layouts)
         counted = task.progress(found, total=len(layouts), label="quantize")
         return checkpoint.write(task.output, model, layouts, counted, others, plan, task.inputs["model"])
@@ -73,16 +76,17 @@ def quantized_linears(
     layouts: dict[str, Layout],
     order: str,
     statistics: Statistics,
-    ids: Tensor,
+    texts: Sequence[Tensor],
     batch: int,
     scratch: Path | None = None,
     along: Sequence[Flow] = (),
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The linears one after another, and the stored tensors of each.
 
-    The weights of a model in memory are replaced by what the codes stand for. scratch: folder for hidden states that do
-    not fit into memory; the system's own for temporary files otherwise. along: hidden states of other texts, which are
-    led through the quantized layers too.
+    The weights of a model in memory are replaced by what the codes stand for. texts: int64 [n, length] each, of which
+    the covariances are taken; batch: samples of the first at a time, and as many tokens of the others. scratch: folder
+    for hidden states that do not fit into memory; the system's own for temporary files otherwise. along: hidden states
+    of other texts, which are led through the quantized layers too.
     """
     prefix, layers = decoder.decoder_layers(model)
     linears = [layout.linear for layout in layouts.values()]
@@ -92,10 +96,12 @@ def quantized_linears(
         )
         for linear in linears
     }
-    flow = Flow(model, ids, batch, scratch or Path(tempfile.gettempdir()))
+    tokens, folder = batch * texts[0].shape[1], scratch or Path(tempfile.gettempdir())
+    flows = [Flow(model, ids, max(1, tokens // ids.shape[1]), folder) for ids in texts if len(ids)]
     for index, layer in streaming.walk(model):
         covariance = Covariance(owners(linears, index, prefix))
-        flow.look(layer, index, covariance.names, covariance.see)
+        for flow in flows:
+            flow.look(layer, index, covariance.names, covariance.see)
         matrices = covariance.means()
         for linear in linears:
             if linear.layer != index:
@@ -110,8 +116,8 @@ def quantized_linears(
             )
             weight.copy_(decoded)
             yield linear.name, tensors
-        for states in (flow, *along) if index + 1 < len(layers) else along:
-            states.through(layer, index)
+        for flow in (*flows, *along) if index + 1 < len(layers) else along:
+            flow.through(layer, index)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ STUDIES: dict[str, dict[str, Any]] = {
                 "type": "object",
                 "additionalProperties": False,
                 "description": CHANGE,
-                "properties": {name: {"$ref": f"#/$defs/{name}"} for name in ("units", "search", "recovery")},
+                "properties": {
+                    name: {"$ref": f"#/$defs/{name}"} for name in ("units", "search", "quantize", "recovery")
+                },
             },
         },
         "default": {},
@@ -87,7 +89,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "statistics.fisher_samples": {"minimum": 1},
     "units.chunk": {"minimum": 1},
     "units.protected": {"minimum": 0, "exclusiveMaximum": 1},
-    "units.window": {"enum": [8, 10, 12]},
+    "units.window": {"enum": [8, 10, 12, 14]},
     "units.jobs": {"minimum": 1},
     "search.evaluations": {"minimum": 0},
     "search.reward_tokens": {"minimum": 2},
@@ -99,6 +101,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "search.n_envs": {"minimum": 2},
     "search.hidden": {"minimum": 1},
     "quantize.batch": {"minimum": 1},
+    "quantize.recovery_windows": {"minimum": 0},
     "recovery.steps": {"minimum": 0},
     "recovery.gain_rate": {"minimum": 0},
     "recovery.norm_rate": {"minimum": 0},

@@ -64,7 +64,17 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
         for side in (64, 256, 1024)
     },
     "pack": (quantize.pack, CHUNK, {"EVEN": 1, "ODD": 2, "BLOCK": 256}),
-    "search": (quantize.search, CHUNK, {"EVEN": 1, "ODD": 2, "WINDOW": 12, "BLOCK": 512}),
+    **{
+        f"search, window {window}": (
+            quantize.search, CHUNK, {"EVEN": 1, "ODD": 2, "WINDOW": window, "BLOCK": 512}
+        )
+        for window in (12, 14)
+    },
+    "decode, window 14": (
+        dequantize.decode,
+        TABLES,
+        SHARED | {"WINDOW": 14, "SIZE": 64, "SIDE": 64, "STAGES": 6, "GROUPS": 8, "PRESENT": MIXED},
+    ),
 }  # fmt: skip
 EXACT = ("fit", "encode", "search")
 MOST_SHARED = 232_448  # bytes of shared memory that a block may have on Hopper

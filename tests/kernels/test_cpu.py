@@ -26,6 +26,7 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
         (37, 199, 7, 0.1, 8),
         (130, 15 * 16 + 9, 16, 0.0, 12),
         (576, 15 * 64 + 31, 64, 0.03, 12),
+        (75, 15 * 16, 16, 0.0, 14),
         (1030, 15 * 8, 8, 0.0, 10),  # three streams
     ],
 )

@@ -37,13 +37,16 @@ def test_the_weight_is_that_of_the_reference(
     torch.testing.assert_close(found.float(), expected, rtol=close, atol=close * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(("rows", "columns", "chunk"), [(48, 5, 1), (531, 5, 1), (40, 460, 192), (40, 20, 7)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "chunk", "window"),
+    [(48, 5, 1, 12), (531, 5, 1, 12), (531, 5, 1, 14), (40, 460, 192, 12), (40, 20, 7, 12)],
+)
 @pytest.mark.parametrize("name", TRELLISES)
 def test_every_reader_finds_the_same_bits(
-    name: str, rows: int, columns: int, chunk: int, generator: torch.Generator, device: torch.device
+    name: str, rows: int, columns: int, chunk: int, window: int, generator: torch.Generator, device: torch.device
 ) -> None:
     """Scales of one leave nothing to round before the rotation; that has one order of sums. 531 rows: two streams."""
-    layout = layout_of(rows, columns, Format(chunk, 0.0, 12, torch.float16), [name])
+    layout = layout_of(rows, columns, Format(chunk, 0.0, window, torch.float16), [name])
     order = random_order(layout, generator)
     tensors = random_tensors(layout, order, generator)
     for key in ("scale_grid", "row_scales", "chunk_scales"):

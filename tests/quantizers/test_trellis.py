@@ -44,7 +44,7 @@ def test_decoding_gives_what_the_search_decided(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("pattern", [(1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4)])
-@pytest.mark.parametrize("window", [4, 8, 10, 12])
+@pytest.mark.parametrize("window", [4, 8, 10, 12, 14])
 @pytest.mark.parametrize("tile", [2, 8, 14, 64])
 def test_states_are_the_last_bits_of_their_tile(pattern: Pattern, window: int, tile: int) -> None:
     generator = torch.Generator().manual_seed(window * tile)
@@ -100,7 +100,7 @@ def test_the_bank_knows_the_distortion(name: str) -> None:
 
 
 def test_the_table_has_unit_variance() -> None:
-    for window in (4, 8, 12):
+    for window in (4, 8, 12, 14):
         values = table(window)
         assert float(values.double().square().mean()) == pytest.approx(1, abs=1e-6)
         assert float(values.double().mean()) == pytest.approx(0, abs=1e-6)

@@ -37,6 +37,13 @@ DISTORTION = {
     (3.0, 12): 0.0200,
     (3.5, 12): 0.0104,
     (4.0, 12): 0.0053,
+    (1.0, 14): 0.274,
+    (1.5, 14): 0.142,
+    (2.0, 14): 0.0723,
+    (2.5, 14): 0.0374,
+    (3.0, 14): 0.0190,
+    (3.5, 14): 0.0098,
+    (4.0, 14): 0.0049,
 }
 #: Scale of the table in root mean squares: the fewer the bits, the closer to zero the best reproduction of a Gaussian
 #: lies (its variance is 1 - distortion), and with many bits a wider table has better values in the tails. The best at
