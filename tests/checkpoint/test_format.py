@@ -53,11 +53,12 @@ def read_states(codes: list[int], bits: str, window: int) -> list[int]:
     tile += tile % 2
     result = []
     for start in range(0, len(codes), tile):
-        stream = place = 0
-        for row, code in enumerate(codes[start : start + tile], start):
-            stream |= code << place + window  # `window` zeros before the beginning
-            place += code_width(bits, row)
-            result.append(stream >> place & (1 << window) - 1)
+        part = codes[start : start + tile]
+        widths = [code_width(bits, row) for row in range(start, start + len(part))]
+        stream = sum(code << sum(widths[:row]) for row, code in enumerate(part))
+        before = stream >> sum(widths) - window if len(part) % 2 == 0 and sum(widths) >= window else 0
+        ring = stream << window | before
+        result += [ring >> sum(widths[: row + 1]) & (1 << window) - 1 for row in range(len(part))]
     return result
 
 

@@ -24,7 +24,7 @@ TABLES = {
 CHUNK = {
     "columns": "*fp32", "energy": "*fp32", "clips": "*fp32", "scales": "*fp32", "offsets": "*fp32", "weights": "*fp32",
     "feedback": "*fp32", "table": "*fp32", "codes": "*u8", "decoded": "*fp32", "errors": "*fp32", "previous": "*u8",
-    "packed": "*u8", "rows": "i32", "width": "i32", "tile": "i32", "stride": "i32",
+    "packed": "*u8", "rows": "i32", "width": "i32", "tile": "i32", "side": "i32", "stride": "i32",
 }  # fmt: skip
 ONE = SHARED | {"STEP": 8, "VECTOR": True, "PADDED": 16, "GROUPS": 64}
 SOME = SHARED | {"STEP": 32, "VECTOR": False, "PADDED": 16, "GROUPS": 8}

@@ -1,6 +1,6 @@
 """`quantization_config` of config.json: the layout of every packed linear, as JSON and back.
 
-    {"quant_method": "windquant", "format_version": 2, "chunk": 64, "protected": 0.03, "window": 12,
+    {"quant_method": "windquant", "format_version": 3, "chunk": 64, "protected": 0.03, "window": 12,
      "dtype": "float16", "skip_dtype": "float16",
      "linears": {"model.layers.0.self_attn.q_proj":
                    [0, 576, 576, "model.layers.0.self_attn.q_proj", "scalar-4 trellis-2*7 trellis-1"], ...}}
@@ -21,7 +21,7 @@ from windquant.quantizers import actions
 from windquant.units import Linear
 
 METHOD = "windquant"
-FORMAT_VERSION = 2  # 1 had no trellis codes of 2.5 and 3.5 bits, and other numbers of actions
+FORMAT_VERSION = 3  # 1: no trellis codes of 2.5 and 3.5 bits, and other numbers of actions; 2: streams are no rings
 KEYS = ("chunk", "protected", "window", "dtype", "skip_dtype", "linears")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from windquant.kernels import quantize
 from windquant.quantizers import Coded, Fit
 from windquant.quantizers.scalar import CLIPS, ROUNDS, Scalar
-from windquant.quantizers.trellis import Trellis, row_weights, table, tile_rows
+from windquant.quantizers.trellis import SEAM, Trellis, row_weights, table, tile_rows
 from windquant.storage import Pattern, stream_bytes
 
 EXACT = {"enable_fp_fusion": False}  # products are rounded before they are added, as on a CPU
@@ -44,10 +44,12 @@ def encode(entry: Scalar | Trellis, columns: Tensor, found: Fit, importance: Ten
         weights, values = row_weights(importance, found.scale), table(entry.window).to(columns.device)
         tile = tile_rows(rows, entry.tile)
         streams = triton.cdiv(rows, tile)
-        previous = torch.empty(streams, tile, 1 << entry.window, dtype=torch.uint8, device=columns.device)
+        side = min(SEAM, tile)
+        shape = streams, max(tile, 2 * side), 1 << entry.window
+        previous = torch.empty(shape, dtype=torch.uint8, device=columns.device)
         even, odd = entry.pattern
         quantize.search[(streams,)](
-            columns, found.scale, weights, feedback, values, codes, decoded, errors, previous, rows, width, tile,
+            columns, found.scale, weights, feedback, values, codes, decoded, errors, previous, rows, width, tile, side,
             EVEN=even, ODD=odd, WINDOW=entry.window, BLOCK=triton.next_power_of_2(tile), num_warps=8, **EXACT,
         )  # fmt: skip
     return Coded(codes, decoded, errors)

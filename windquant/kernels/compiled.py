@@ -42,19 +42,27 @@ def _windows(
     length: int,
     first: int,
     since: int,
+    until: int,
 ) -> None:
-    """Values of the rows from `first` on of the column whose bytes begin at `place`; the stream begins at row `since`.
+    """Values of the rows from `first` on of the column whose bytes begin at `place`, of a stream from row `since` to
+    `until`.
 
-    Eight rows take 4 * pair bits, so that one word holds all their windows.
+    Eight rows take 4 * pair bits, so that one word holds all their windows. Before the stream's beginning come the bits
+    of its end; or zeros, where it has an odd number of rows or fewer bits than a window.
     """
     mask = np.uint64((1 << length) - 1)
-    origin = 8 * place + (pair * since >> 1)
+    origin, close = 8 * place + (pair * since >> 1), 8 * place + (pair * until >> 1)
+    ring = (until - since) % 2 == 0 and close - origin >= length
     begin = 8 * place + (pair >> 1) - length
     one, both = np.uint64(pair - (pair >> 1)), np.uint64(pair)
     for row in range(0, len(line), 8):
         place = begin + (pair * (first + row) >> 1)
-        at, early = np.uint64(place), np.uint64(max(origin - place, 0))  # bits before the stream's beginning are 0
+        at, early = np.uint64(place), np.uint64(max(origin - place, 0))  # bits before the stream's beginning
         word = _word(codes, at >> np.uint64(3)) >> (at & np.uint64(7)) >> early << early
+        if early and ring:
+            at = np.uint64(close) - early
+            last = _word(codes, at >> np.uint64(3)) >> (at & np.uint64(7))
+            word |= last & ((np.uint64(1) << early) - np.uint64(1))
         for index in range(row, row + 8, 2):
             line[np.uint64(index)] = values[word & mask]
             line[np.uint64(index + 1)] = values[word >> one & mask]
@@ -135,6 +143,7 @@ def _chunk(
     row: int,
     count: int,
     since: int,
+    until: int,
 ) -> None:
     """Weights of `count` rows of a chunk, padded to a multiple of 8: the first columns of the block."""
     padded = (count + 7) // 8 * 8
@@ -142,7 +151,7 @@ def _chunk(
     for index in range(width):
         line, place = block[index, :padded], chunk[PLACE] + index * chunk[STRIDE]
         if pair:
-            _windows(line, codes, values[chunk[BASE] :], place, pair, chunk[LENGTH], row, since)
+            _windows(line, codes, values[chunk[BASE] :], place, pair, chunk[LENGTH], row, since, until)
         else:
             _digits(line, codes, values[chunk[BASE] :], place, row)
         scale = scales[chunk[SCALE], row : row + count]
@@ -203,10 +212,11 @@ def decode(
     row = begin
     while row < end:
         since = row // tile * tile
-        here = min(BLOCK, since + tile - row, end - row)
+        until = min(since + tile, rows)
+        here = min(BLOCK, until - row, end - row)
         for number in range(count):
             chunk = chunks[number]
-            _chunk(chunk, codes, scales, offsets, values, factors, block, row, here, since)
+            _chunk(chunk, codes, scales, offsets, values, factors, block, row, here, since, until)
             _store(lines, order[chunk[COLUMN] : chunk[COLUMN] + chunk[WIDTH]], block, here, kind)
         _turn(out, lines, row, here)
         row += here

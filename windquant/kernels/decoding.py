@@ -95,11 +95,25 @@ def ends(slot, ACTION: tl.constexpr):
 
 
 @triton.jit
-def restart_mask(row, tile, ACTION: tl.constexpr, WINDOW: tl.constexpr):
-    """What of four times a trellis state at every row belongs to its own stream, begun at a multiple of `tile` rows."""
-    place = row % tile  # tiles are even: a row has the parity of its place
-    bits = tl.minimum(ends(place, ACTION), WINDOW)
-    return ((1 << WINDOW) - (1 << (WINDOW - bits))) * 4
+def begun(group, tile, ACTION: tl.constexpr, WINDOW: tl.constexpr):
+    """Bits of the stream, begun at a multiple of `tile` rows, up to every row: int32 [16, groups], at most WINDOW."""
+    row = group[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
+    return tl.minimum(ends(row % tile, ACTION), WINDOW)  # tiles are even: a row has the parity of its place
+
+
+@triton.jit
+def seam(group, rows, tile, ACTION: tl.constexpr, WINDOW: tl.constexpr):
+    """The bit of a column at which the stream ends that begins in a group, or less than WINDOW bits before it.
+
+    int32 [groups]; 0 where there is none, or where it is no ring: it has an odd number of rows, or fewer bits.
+    """
+    PAIR: tl.constexpr = pair_bits(ACTION)
+    since = (group * GROUP + GROUP - 1) // tile * tile
+    until = tl.minimum(since + tile, rows)
+    length = until - since
+    near = ends(tl.maximum(group * GROUP - since, 0), ACTION) < WINDOW
+    ring = (length % 2 == 0) & (length // 2 * PAIR >= WINDOW)
+    return tl.where(near & ring, until // 2 * PAIR, 0)
 
 
 @triton.jit
@@ -178,14 +192,14 @@ def middle(ACTION):
 
 @triton.jit
 def levels(
-    base, columns, group, stride, restart, table, one,
+    base, columns, group, stride, bits, close, table, one,
     ACTION: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """The rows of every group, float32 [16, columns, groups]: the code divided by `factors`, plus 1 where `has_one`.
 
     base: uint8 pointers [columns] at the beginning of a column; columns: which of them count, bool (others read as 0);
-    group: int [groups]; stride: bytes of a column; restart: `restart_mask` [16, groups]; table: float32 [2^WINDOW];
-    STORED: dtype of skipped weights.
+    group: int [groups]; stride: bytes of a column; bits: `begun` [16, groups]; close: `seam` [groups]; table: float32
+    [2^WINDOW]; STORED: dtype of skipped weights.
     """
     slot = tl.arange(0, GROUP)[:, None, None]
     keep = columns[:, None] & (group[None, :] >= 0)
@@ -229,7 +243,12 @@ def levels(
             recent = (stream << 16) | earlier
             near = recent >> (end + 14 - WINDOW).to(tl.uint64)  # four times the state: its address in the table
             far = stream >> tl.maximum(end - 2 - WINDOW, 0).to(tl.uint64)
-            place = tl.where(end <= 48, near, far).to(tl.uint32) & restart[:, None, :].to(tl.uint32)
+            own = (((1 << WINDOW) - (1 << (WINDOW - bits))) * 4).to(tl.uint32)
+            place = tl.where(end <= 48, near, far).to(tl.uint32) & own[:, None, :]
+            start = (close - WINDOW)[None, :]  # before a stream's beginning come the bits of its end
+            final = load_bytes(base[:, None] + start // 8, stride - start // 8, columns[:, None] & (start >= 0), 3, 1)
+            final = (final >> (start % 8).to(tl.uint64)).to(tl.uint32) & ((1 << WINDOW) - 1)
+            place |= (final[None] >> bits[:, None, :].to(tl.uint32)) << 2
             bytewise = table.to(tl.pointer_type(tl.uint8), bitcast=True) + place
             return tl.load(bytewise.to(tl.pointer_type(tl.float32), bitcast=True))
         elif straddles(ACTION):

@@ -78,12 +78,16 @@ def decode(
         if (PRESENT >> action) & 1:  # the compiler decides this one, the kernel the next
             if chosen == action:
                 stride = decoding.stride_of(rows, action)
-                restart = tl.zeros((GROUP, GROUPS), tl.int32)
+                bits, close = tl.zeros((GROUP, GROUPS), tl.int32), tl.zeros((GROUPS,), tl.int32)
                 if decoding.is_trellis(action):
-                    restart = decoding.restart_mask(row, tl.load(linear + TILE).to(tl.int32), action, WINDOW)
+                    tile = tl.load(linear + TILE).to(tl.int32)
+                    bits = decoding.begun(group, tile, action, WINDOW)
+                    close = decoding.seam(group, rows, tile, action, WINDOW)
                 base = address(linear, SHIELDED if action == decoding.PROTECTED else CODES, tl.uint8) + start
                 base += place.to(tl.int64) * stride
-                found = decoding.levels(base, inside, group, stride, restart, table, one, action, ALIGN, WINDOW, STORED)
+                found = decoding.levels(
+                    base, inside, group, stride, bits, close, table, one, action, ALIGN, WINDOW, STORED
+                )
                 if decoding.has_one(action):
                     found = (found - 1) * decoding.factors(slot, action)[:, None, None] - decoding.middle(action)
                 if decoding.has_offset(action):

@@ -78,10 +78,10 @@ def _add_chunks(
     rows = tl.load(linear + ROWS).to(tl.int32)
     codes = address(linear, SHIELDED if ACTION == decoding.PROTECTED else CODES, tl.uint8)
     stride = decoding.stride_of(rows, ACTION)
-    restart = tl.zeros((GROUP, GROUPS), tl.int32)
+    bits, close = tl.zeros((GROUP, GROUPS), tl.int32), tl.zeros((GROUPS,), tl.int32)
     if decoding.is_trellis(ACTION):
         tile = tl.load(linear + TILE).to(tl.int32)
-        restart = decoding.restart_mask(group[None, :] * GROUP + slot[:, None], tile, ACTION, WINDOW)
+        bits, close = decoding.begun(group, tile, ACTION, WINDOW), decoding.seam(group, rows, tile, ACTION, WINDOW)
     place = tl.arange(0, STEP)
     factor = decoding.factors(slot, ACTION)
     for unit in range(first_unit, last_unit):
@@ -98,7 +98,7 @@ def _add_chunks(
         for step in range(0, width, STEP):
             inside = step + place < width
             base = codes + start + (step + place).to(tl.int64) * stride
-            found = decoding.levels(base, inside, group, stride, restart, table, one, ACTION, ALIGN, WINDOW, STORED)
+            found = decoding.levels(base, inside, group, stride, bits, close, table, one, ACTION, ALIGN, WINDOW, STORED)
             at = column + step + place
             if VECTOR:
                 # Two floats apart and the same for all groups: loaded in the layout of the codes, one a register.

@@ -146,36 +146,62 @@ def _stage(cost, value, weight, table, came, BITS: tl.constexpr, WINDOW: tl.cons
 
 
 @triton.jit
+def _row(source, scales, weights, row):
+    """What the search is to reach at a row, and what its error counts."""
+    return tl.div_rn(tl.load(source + row), tl.load(scales + row)), tl.load(weights + row)
+
+
+@triton.jit
 def search(
-    columns, scales, weights, feedback, table, codes, decoded, errors, previous, rows, width, tile,
+    columns, scales, weights, feedback, table, codes, decoded, errors, previous, rows, width, tile, side,
     EVEN: tl.constexpr, ODD: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The Viterbi search of quantizers/viterbi.py; one program a stream of `tile` rows, column after column.
 
     columns: float32 [width, rows], overwritten; scales, weights: [rows]; feedback: U [width, width]; previous: uint8
-    [streams, tile, 2^WINDOW], where every state came from; BLOCK: power of two, at least `tile`.
+    [streams, max(tile, 2 side), 2^WINDOW], where every state came from; side: rows on either side of the seam; BLOCK:
+    power of two, at least `tile`.
     """
     STATES: tl.constexpr = 1 << WINDOW
     start = tl.program_id(0) * tile
     length = tl.minimum(rows - start, tile)
-    came = previous + tl.program_id(0).to(tl.int64) * tile * STATES
+    came = previous + tl.program_id(0).to(tl.int64) * tl.maximum(tile, 2 * side) * STATES
     values = tl.load(table + tl.arange(0, STATES))
     place = tl.arange(0, BLOCK)
     inside = place < length
     scale = tl.load(scales + start + place, mask=inside, other=1)
+    ring = (length % 2 == 0) & (length // 2 * (EVEN + ODD) >= WINDOW)
+    side = tl.minimum(side, length)
     for column in range(width):
-        source = columns + column * rows + start
-        cost = tl.where(tl.arange(0, STATES) == 0, 0.0, float("inf"))
+        source, scaled, counted = columns + column * rows + start, scales + start, weights + start
+        around = tl.zeros((), tl.int32)
+        if ring:  # the state at the seam, by the rows around it
+            cost = tl.zeros((STATES,), tl.float32)
+            for pair in range(side):
+                row = tl.where(2 * pair < side, length - side + 2 * pair, 2 * pair - side)
+                value, weight = _row(source, scaled, counted, row)
+                cost = _stage(cost, value, weight, values, came + 2 * pair * STATES, EVEN, WINDOW)
+                value, weight = _row(source, scaled, counted, row + 1)
+                cost = _stage(cost, value, weight, values, came + (2 * pair + 1) * STATES, ODD, WINDOW)
+            tl.debug_barrier()  # `came` is read by other threads than those that wrote it
+            around = tl.argmin(cost, 0).to(tl.int32)
+            for back in range(side):
+                row = 2 * side - 1 - back
+                bits = tl.where(row % 2 == 1, ODD, EVEN)
+                group = around % (1 << (WINDOW - bits))
+                around = (group << bits) + tl.load(came + row * STATES + group).to(tl.int32)
+            tl.debug_barrier()
+        cost = tl.where(tl.arange(0, STATES) == around, 0.0, float("inf"))
         for pair in range((length + 1) // 2):
             row = 2 * pair
-            value = tl.div_rn(tl.load(source + row), tl.load(scales + start + row))
-            cost = _stage(cost, value, tl.load(weights + start + row), values, came + row * STATES, EVEN, WINDOW)
+            value, weight = _row(source, scaled, counted, row)
+            cost = _stage(cost, value, weight, values, came + row * STATES, EVEN, WINDOW)
             row += 1
             if row < length:
-                value = tl.div_rn(tl.load(source + row), tl.load(scales + start + row))
-                cost = _stage(cost, value, tl.load(weights + start + row), values, came + row * STATES, ODD, WINDOW)
-        tl.debug_barrier()  # `came` is read by other threads than those that wrote it
-        state = tl.argmin(cost, 0)
+                value, weight = _row(source, scaled, counted, row)
+                cost = _stage(cost, value, weight, values, came + row * STATES, ODD, WINDOW)
+        tl.debug_barrier()
+        state = tl.where(ring, around, tl.argmin(cost, 0).to(tl.int32))
         target = column * rows + start
         for back in range(length):
             row = length - 1 - back

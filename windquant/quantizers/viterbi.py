@@ -11,8 +11,11 @@ the best of them is found once:
 The work per value is O(2^L) whatever k is. Table and `best` are put in the order in which these two lines, taken
 together, go through them, so that vectors are read as they lie and no cost is ever stored. A stream runs down the rows
 of *one* column, so that error feedback keeps its full strength: a column is finished before the next one is corrected.
-Streams start in state 0, so that no start state is stored, and begin anew every `tile` rows, so that tiles can be
-searched (and later decoded) in parallel.
+Streams begin anew every `tile` rows, so that tiles can be searched (and later decoded) in parallel.
+
+A stream is a ring: the state before its beginning is the one at its end. So no start state is stored, and the first
+rows have as much choice as the others. As in QTIP, a first search (here of the rows around the seam alone) finds that
+state; a second one, of the whole stream, begins and ends with it.
 """
 
 from collections.abc import Callable
@@ -87,12 +90,23 @@ def _search(
     previous: NDArray[np.uint8],
     best: NDArray[np.float32],
     ordered: NDArray[np.float32],
-) -> None:
-    """The best path of one stream: its codes and decoded values."""
+    begin: int,
+    end: int,
+    asked: int,
+) -> int:
+    """The best path of one stream: its codes and decoded values.
+
+    begin, end: states before the first place and at the last one, -1 where any will do. Returns the state before place
+    `asked`.
+    """
     last = len(values) - 1
-    best[:] = np.inf
-    best[0] = 0
-    previous[0] = 0
+    if begin < 0:
+        best[:] = 0
+        previous[0] = 0
+    else:
+        best[:] = np.inf
+        best[begin >> even] = 0
+        previous[0] = begin & ((1 << even) - 1)
     for place in range(last):
         value, weight, came = values[place], weights[place], previous[place + 1]
         if place & 1:
@@ -107,6 +121,9 @@ def _search(
         cost = best[candidate % groups] + weights[last] * (error * error)
         if cost < lowest:
             state, lowest = np.int64(candidate), cost
+    if end >= 0:
+        state = np.int64(end)
+    found = np.int64(0)
     for place in range(last, -1, -1):
         bits = odd if place & 1 else even
         groups = 1 << (window - bits)
@@ -114,6 +131,9 @@ def _search(
         decoded[place] = table[state]
         group = state % groups
         state = (group << bits) + np.int64(previous[place, group])
+        if place == asked:
+            found = state
+    return int(found)
 
 
 @lru_cache(maxsize=16)
@@ -122,11 +142,12 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
 
     A code of either fits into the window beside one of the other.
 
-    The result is `quantize(columns, scales, weights, feedback, table, tile)`:
+    The result is `quantize(columns, scales, weights, feedback, table, tile, seam)`:
     columns: float32 [width, rows], overwritten by the compensated weights; scales: [rows]; weights: [rows], importance
     of each row's squared error; feedback: upper triangular U [width, width] with H^-1 = U^T U (GPTQ, arXiv 2210.17323);
-    table: [2^window]; tile: rows per stream. It returns codes uint8 [width, rows], the decoded weights [width, rows]
-    and the errors (w - q) / U_ii [width, rows].
+    table: [2^window]; tile: rows per stream; seam: even number of rows on either side of a stream's seam that tell the
+    state there. It returns codes uint8 [width, rows], the decoded weights [width, rows] and the errors (w - q) / U_ii
+    [width, rows].
     """
     states = 1 << window
 
@@ -137,6 +158,7 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
         feedback: NDArray[np.float32],
         table: NDArray[np.float32],
         tile: int,
+        seam: int,
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
         width, rows = columns.shape
         # the table as `_stage` goes through it: t, the oldest bits at the next place, first
@@ -151,7 +173,14 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
             length = stop - start
             scale = scales[start:stop]
             normal = np.empty(length, np.float32)
-            previous = np.empty((length, states >> min(even, odd)), np.uint8)
+            # no ring is what has an odd number of rows, or fewer bits than a state: it begins in state 0
+            ring = length % 2 == 0 and length // 2 * (even + odd) >= window
+            side = min(seam, length)
+            around = np.empty(2 * side, np.float32)
+            around_weights = np.concatenate((weights[stop - side : stop], weights[start : start + side]))
+            around_codes = np.empty(2 * side, np.uint8)
+            around_decoded = np.empty(2 * side, np.float32)
+            previous = np.empty((max(length, 2 * side), states >> min(even, odd)), np.uint8)
             best = np.empty(states, np.float32)
             ordered = np.empty(states, np.float32)
             for i in range(width):
@@ -160,9 +189,17 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
                 for r in range(length):
                     normal[r] = column[r] / scale[r]
                 code = codes[i, start:stop]
+                begin, end = 0, -1
+                if ring:
+                    around[:side] = normal[length - side :]
+                    around[side:] = normal[:side]
+                    begin = end = _search(
+                        even, odd, window, around, around_weights, table, after_even, after_odd, around_codes,
+                        around_decoded, previous, best, ordered, -1, -1, side,
+                    )  # fmt: skip
                 _search(
                     even, odd, window, normal, weights[start:stop], table, after_even, after_odd, code, out, previous,
-                    best, ordered,
+                    best, ordered, begin, end, 0,
                 )  # fmt: skip
                 error = errors[i, start:stop]
                 diagonal = feedback[i, i]
