@@ -177,7 +177,7 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
             ring = length % 2 == 0 and length // 2 * (even + odd) >= window
             side = min(seam, length)
             around = np.empty(2 * side, np.float32)
-            around_weights = np.concatenate((weights[stop - side : stop], weights[start : start + side]))
+            heed = np.concatenate((weights[stop - side : stop], weights[start : start + side]))
             around_codes = np.empty(2 * side, np.uint8)
             around_decoded = np.empty(2 * side, np.float32)
             previous = np.empty((max(length, 2 * side), states >> min(even, odd)), np.uint8)
@@ -189,18 +189,19 @@ def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
                 for r in range(length):
                     normal[r] = column[r] / scale[r]
                 code = codes[i, start:stop]
-                begin, end = 0, -1
-                if ring:
-                    around[:side] = normal[length - side :]
-                    around[side:] = normal[:side]
-                    begin = end = _search(
-                        even, odd, window, around, around_weights, table, after_even, after_odd, around_codes,
-                        around_decoded, previous, best, ordered, -1, -1, side,
+                begin, end = (-1, -1) if ring else (0, -1)
+                for turn in range(1 - ring, 2):  # one call in the source: it is inlined, which takes seconds to compile
+                    if turn:
+                        given, counted, chosen, reached, asked = normal, weights[start:stop], code, out, 0
+                    else:
+                        around[:side] = normal[length - side :]
+                        around[side:] = normal[:side]
+                        given, counted, chosen, reached, asked = around, heed, around_codes, around_decoded, side
+                    begin = _search(
+                        even, odd, window, given, counted, table, after_even, after_odd, chosen, reached, previous,
+                        best, ordered, begin, end, asked,
                     )  # fmt: skip
-                _search(
-                    even, odd, window, normal, weights[start:stop], table, after_even, after_odd, code, out, previous,
-                    best, ordered, begin, end, 0,
-                )  # fmt: skip
+                    end = begin
                 error = errors[i, start:stop]
                 diagonal = feedback[i, i]
                 for r in range(length):
