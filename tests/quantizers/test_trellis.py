@@ -41,8 +41,8 @@ def test_decoding_gives_what_the_search_decided(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("pattern", [(1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4)])
-@pytest.mark.parametrize("window", [4, 8, 10, 12, 14])
-@pytest.mark.parametrize("tile", [2, 8, 14, 64])
+@pytest.mark.parametrize("window", [4, 8, 14])
+@pytest.mark.parametrize("tile", [2, 14, 64])
 @pytest.mark.parametrize("rows", [40, 41])
 def test_states_are_the_last_bits_of_their_ring(rows: int, tile: int, window: int, pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(window * tile)
