@@ -18,7 +18,6 @@ from windquant import kernels
 from windquant.packed import SCALE_BITS, Layout, ScaleCoder, chunk_order, decode_offset, encode_offset, pack_order
 from windquant.quantizers import Fit, actions
 from windquant.quantizers.rotation import rotation
-from windquant.quantizers.scalar import Scalar
 from windquant.units import chunk_widths
 
 DAMPING = 0.01  # of the mean diagonal
@@ -102,7 +101,7 @@ def quantize_linear(
         fit = kernels.fit(entry, work[first:last], energy[first:last])
         scale, offset = fit.scale, fit.offset
         if entry.has_scale:
-            scale_codes, chunk_scales[chunk] = coder.encode(scale, least=isinstance(entry, Scalar) and entry.covers)
+            scale_codes, chunk_scales[chunk] = coder.encode(scale, least=entry.covers)
             scale = coder.decode(scale_codes, chunk_scales[chunk])
             scales.append(kernels.pack(scale_codes[None], (SCALE_BITS, SCALE_BITS)))
         if offset is not None:

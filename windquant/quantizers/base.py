@@ -56,6 +56,10 @@ class Treatment(Protocol):
     def has_offset(self) -> bool:
         """Whether every row has an offset."""
 
+    @property
+    def covers(self) -> bool:
+        """Whether the scale is that of the largest weight, which a smaller one would cut off."""
+
     def fit(self, chunk: Tensor, energy: Tensor) -> Fit:
         """Scale and offset of every row that minimize the error weighted by the channels' energy [width]."""
 

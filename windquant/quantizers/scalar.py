@@ -29,7 +29,6 @@ class Scalar:
 
     @property
     def covers(self) -> bool:
-        """Whether the scale is that of the largest weight, which a smaller one would cut off."""
         return self.levels == 256
 
     @property

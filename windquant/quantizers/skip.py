@@ -20,6 +20,7 @@ class Skip:
     rotated: bool = False
     has_scale: bool = False
     has_offset: bool = False
+    covers: bool = False
 
     def fit(self, chunk: Tensor, energy: Tensor) -> Fit:
         return Fit(torch.ones(len(chunk)))

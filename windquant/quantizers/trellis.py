@@ -114,6 +114,7 @@ class Trellis:
     rotated: bool = True
     has_scale: bool = True
     has_offset: bool = False
+    covers: bool = False
 
     def fit(self, chunk: Tensor, energy: Tensor) -> Fit:
         """The scale follows the root mean square: the table has unit variance. The rotation has made energies alike."""
