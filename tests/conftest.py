@@ -24,8 +24,20 @@ TIMES = "in the spring,after the war,before the harvest,during the long winter,e
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The workflow's files first: each takes minutes in one process, and the short ones fill the gaps at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/workflow/"))
+    """The workflow's files first: each takes minutes in one process, and the short ones fill the gaps at the end.
+
+    The first of them makes the clone that the others copy (`finished_once`); until it is there, the second process
+    works at those that need none.
+    """
+    sharing = [str(item.path) for item in items if "finished_once" in getattr(item, "fixturenames", ())]
+
+    def order(item: pytest.Item) -> int:
+        path = str(item.path)
+        if not item.nodeid.startswith("tests/workflow/"):
+            return 3
+        return (0 if path == sharing[0] else 2) if path in sharing else 1
+
+    items.sort(key=order)
 
 
 def sentence(chance: random.Random) -> str:
