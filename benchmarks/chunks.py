@@ -43,7 +43,7 @@ def cheapest(bank: Bank, price: float) -> tuple[Values, Values]:
 def places(bank: Bank, size: int) -> NDArray[np.int64]:
     """[U] the chunk of `size` columns that each unit lies in, numbered through the model in its order."""
     longest = max(linear.columns for linear in bank.linears)
-    start = bank.linear.astype(np.int64) * longest + bank.position.astype(np.int64) * bank.chunk // size
+    start = bank.linear.astype(np.int64) * longest + bank.position.astype(np.int64) * bank.units.chunk // size
     return np.unique(start, return_inverse=True)[1]
 
 
@@ -52,7 +52,7 @@ def split(banks: list[Bank], price: float) -> tuple[float, float, float]:
     error, size = cheapest(banks[0], price)
     share = 0.0
     for smaller, larger in pairwise(banks):
-        inside = places(smaller, larger.chunk)
+        inside = places(smaller, larger.units.chunk)
         error, size = (np.bincount(inside, values).astype(np.float64) for values in (error, size))
         whole_error, whole_size = cheapest(larger, price)
         better = error + price * size < whole_error + price * whole_size

@@ -108,7 +108,7 @@ def test_units_stand_in_model_order() -> None:
     assert bank.weights == (30 + 12) * 75
     assert bank.unit_weights.tolist() == [960, 960, 240, 384, 384, 96]
     assert bank.errors.shape == bank.bytes.shape == (6, len(NAMES))
-    assert (bank.chunk, bank.actions) == (32, NAMES)
+    assert (bank.units.chunk, bank.actions) == (32, NAMES)
 
 
 def test_saliency_order_puts_the_energy_first() -> None:

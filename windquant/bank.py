@@ -33,7 +33,7 @@ from windquant.quantizers.rotation import rotation
 from windquant.statistics import Statistics
 from windquant.units import Linear, chunk_widths, protected_count
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS = ("linear", "position", "width", "energy", "errors", "bytes")  # of a bank, as they are stored
 
 
@@ -53,7 +53,6 @@ class Bank:
     """Units in model order (layer, linear, position); A actions from the cheapest to the dearest."""
 
     model: str
-    chunk: int
     actions: list[str]
     linears: list[Linear]
     linear: NDArray[np.int32]  # [U] index into `linears`
@@ -152,7 +151,6 @@ class Bank:
         document = {
             "format": FORMAT,
             "model": self.model,
-            "chunk": self.chunk,
             "actions": self.actions,
             "linears": [asdict(linear) for linear in self.linears],
             "fixed_bytes": self.fixed_bytes,
@@ -220,7 +218,7 @@ def make(
     form = units.format()
     entries = [action(name, form.window, form.dtype) for name in names]
     linears: list[Linear] = []
-    columns: dict[str, list[Any]] = {name: [] for name in ("linear", "position", "width", "energy", "errors", "bytes")}
+    columns: dict[str, list[Any]] = {name: [] for name in ARRAYS}
     for linear, weight in weights:
         protected = protected_count(linear.columns, form.protected)
         energy = statistics.energy[linear.group]
@@ -244,7 +242,6 @@ def make(
         linears.append(linear)
     return Bank(
         model=model,
-        chunk=form.chunk,
         actions=names,
         linears=linears,
         linear=np.array(columns["linear"], np.int32),

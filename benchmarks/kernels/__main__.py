@@ -81,7 +81,7 @@ def rows(
             batch: torch.randn(batch, columns, generator=generator, device=device).bfloat16() for batch in BATCHES
         }
         for plan, names in PLANS.items():
-            row = {"shape": shape, "what": f"windquant {plan}"}
+            row: dict[str, Any] = {"shape": shape, "what": f"windquant {plan}"}
             if not left():
                 yield row | {"reason": "out of time"}
                 continue
@@ -92,7 +92,7 @@ def rows(
                 row |= {"bytes": layout.bytes(), "effective_bits": 8 * layout.bytes() / layout.linear.weights}
                 for batch, x in inputs.items():
                     wrong = error(launch, layout, stored, x) if count * columns <= 1 << 26 else None
-                    taken = seconds([lambda each=each[0], x=x: each(x) for each in made], device)
+                    taken = seconds([partial(launch, x) for launch, _, _ in made], device)
                     yield row | {"batch": batch, "seconds": taken, "error": wrong}
             except Exception as reason:  # the others are still worth measuring
                 yield row | {"reason": f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"}
@@ -109,7 +109,7 @@ def rows(
                 ]
                 made_peers = [make(weight) for weight in weights]
                 for batch, x in inputs.items():
-                    taken = seconds([lambda each=each, x=x: each(x) for each in made_peers], device)
+                    taken = seconds([partial(peer, x) for peer in made_peers], device)
                     yield row | {"batch": batch, "seconds": taken}
             except Exception as reason:
                 yield row | {"reason": f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"}
@@ -117,28 +117,30 @@ def rows(
 
 def decoders(shape: Shape, generator: torch.Generator) -> Iterator[dict[str, Any]]:
     """Tokens a second of a whole decoder: BF16, and packed at several plans."""
-    device = generator.device
     for what, names in {"cuBLAS BF16": [], **PLANS}.items():
         if what not in ("cuBLAS BF16", "scalar 2", "trellis 2", "mixed 2"):
             continue
         try:
-            layers = [
-                packed_layer(shape, device, FORM, names, generator) if names else dense_layer(shape, device)
-                for _ in range(shape.layers)
-            ]
-            decoder = Decoder(shape, layers, device)
-            token, place = (
-                torch.zeros(1, dtype=torch.int64, device=device),
-                torch.ones(1, dtype=torch.int64, device=device),
-            )
-            taken = seconds([partial(decoder, token, place)], device)
+            taken = seconds_of_token(shape, names, generator)
             yield {"what": f"windquant {what}" if names else what, "tokens_per_second": 1 / taken}
         except Exception as reason:
             yield {"what": what, "reason": f"{type(reason).__name__}: {reason}"}
         finally:
-            layers = decoder = None  # its memory, before the next
-            if device.type == "cuda":
+            if generator.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def seconds_of_token(shape: Shape, names: list[str], generator: torch.Generator) -> float:
+    """What a decoder with these actions takes for a token; without any, one with BF16 weights."""
+    device = generator.device
+    layers = [
+        packed_layer(shape, device, FORM, names, generator) if names else dense_layer(shape, device)
+        for _ in range(shape.layers)
+    ]
+    decoder = Decoder(shape, layers, device)
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    place = torch.ones(1, dtype=torch.int64, device=device)
+    return seconds([partial(decoder, token, place)], device)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

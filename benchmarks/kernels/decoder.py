@@ -4,6 +4,7 @@ As little as there can be around the linears, the same for BF16 and packed weigh
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Shape:
 
 
 def dense_layer(shape: Shape, device: torch.device) -> dict[str, nn.Module]:
-    made = {}
+    made: dict[str, nn.Module] = {}
     for columns, rows in shape.groups:
         for name, count in rows.items():
             made[name] = nn.Linear(columns, count, bias=False, dtype=torch.bfloat16, device=device)
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
         self.shape = shape
         self.layers = nn.ModuleList(nn.ModuleDict(layer) for layer in layers)
         size = (shape.layers, shape.heads, shape.context, shape.hidden // shape.heads)
-        kind = {"dtype": torch.bfloat16, "device": device}
+        kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         self.keys, self.values = nn.Buffer(torch.zeros(size, **kind)), nn.Buffer(torch.zeros(size, **kind))
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden, **kind)
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, **kind)

@@ -48,4 +48,4 @@ def main(original: str, packed: str, repeats: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2])

@@ -47,8 +47,8 @@ def main(quantize: Callable[[Path, Tensor, Options], Any], linears: Callable[[An
     quantized = quantize(arguments.model, tokens, arguments.options)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    described = write(arguments.model, linears(quantized), arguments.output)
-    described |= {"seconds": seconds, "peak_memory_bytes": peak}
+    stored = write(arguments.model, linears(quantized), arguments.output)
+    described = {**stored, "seconds": seconds, "peak_memory_bytes": peak}
     (arguments.output / "peer.json").write_text(json.dumps(described, indent=1) + "\n")
 
 

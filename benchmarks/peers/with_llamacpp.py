@@ -5,7 +5,7 @@ divide get iq4_nl, as there. The importance matrix is llama.cpp's: the mean squa
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ def energy(model: nn.Module, modules: dict[str, nn.Linear], tokens: Tensor) -> d
     """Mean squared activation [columns] of every linear's input."""
     sums = {name: torch.zeros(module.in_features) for name, module in modules.items()}
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             sums[name] += arguments[0].flatten(0, -2).square().sum(0)
 

@@ -31,7 +31,9 @@ def bank(units: int, seed: int = 0) -> Bank:
     form = Units(chunk=CHUNK).format()
     entries = [action(name, form.window, form.dtype) for name in names]
     linears: list[Linear] = []
-    linear, position, sizes = [], [], []
+    linear: list[int] = []
+    position: list[int] = []
+    sizes: list[list[int]] = []
     while len(linear) < units:
         layer = len(linears) // len(KINDS)
         for kind, (rows, columns) in KINDS.items():
@@ -44,7 +46,7 @@ def bank(units: int, seed: int = 0) -> Bank:
     energy = np.exp(chance.normal(size=len(linear))) / (1 + np.array(position))
     bits = np.array([entry.bits for entry in entries])
     errors = energy[:, None] * 4.0**-bits * 1e-4
-    return Bank("synthetic", CHUNK, names, linears, np.array(linear, np.int32), np.array(position, np.int32),
+    return Bank("synthetic", names, linears, np.array(linear, np.int32), np.array(position, np.int32),
                 np.full(len(linear), CHUNK, np.int32), energy, errors, np.array(sizes, np.int64), 0,
                 Units(chunk=CHUNK))  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from windquant.bank import Bank
+from windquant.plan import Units
 from windquant.units import Linear, chunk_widths, protected_count
 
 #: Nominal bits and relative error (of the chunk's energy) of every action.
@@ -58,9 +59,9 @@ def make_bank(
     errors *= 3.5 / (base * 0.08).sum()
     protected = sum(protected_count(item.columns, 0.03) * item.rows + item.columns // 4 for item in linears)
     return Bank(
-        model="synthetic", chunk=chunk, actions=list(ACTIONS), linears=linears, linear=np.array(linear, np.int32),
+        model="synthetic", actions=list(ACTIONS), linears=linears, linear=np.array(linear, np.int32),
         position=np.array(position, np.int32), width=np.array(width, np.int32), energy=np.array(energy),
-        errors=errors, bytes=size, fixed_bytes=protected,
+        errors=errors, bytes=size, fixed_bytes=protected, units=Units(chunk=chunk),
     )  # fmt: skip
 
 

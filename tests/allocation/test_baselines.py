@@ -26,7 +26,6 @@ def random_bank(seed: int, units: int, actions: int = 4, broken: bool = False) -
     numbers = np.arange(units, dtype=np.int32)
     return Bank(
         model="random",
-        chunk=8,
         actions=[f"scalar-{bits}" for bits in range(1, actions + 1)],
         linears=[Linear(f"layers.{u // 3}.{'abc'[u % 3]}", "abc"[u % 3], u // 3, f"{u}", 16, 8) for u in range(units)],
         linear=numbers,
