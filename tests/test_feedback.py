@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.families import NAMES, WINDOW
-from windquant.feedback import DAMPING, column_order, factor, quantize_linear, rotate
+from windquant import compute
+from windquant.feedback import DAMPING, cholesky, column_order, factor, quantize_linear, rotate
 from windquant.packed import Format, Layout, dequantize, pack_order, unpack_order
 from windquant.quantizers.rotation import rotation
 from windquant.units import Linear, chunk_widths
@@ -61,6 +62,19 @@ def test_factor_is_the_upper_root_of_the_inverse() -> None:
     assert torch.equal(u, u.triu())
     assert (u.diagonal() > 0).all()
     torch.testing.assert_close(u.double().T @ u.double() @ damped, torch.eye(40).double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [700, 1536])  # less than a block, and more
+def test_the_factor_has_the_same_bits_with_any_number_of_threads(size: int) -> None:
+    matrix = correlated(size).double()
+    matrix.diagonal().add_(0.1)
+    found = []
+    for count in (1, 2):
+        with compute.threads(count):
+            found.append(cholesky(matrix.clone()))
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0] @ found[0].T, matrix)
+    assert torch.equal(found[0], found[0].tril())
 
 
 def test_factor_leaves_its_argument_alone() -> None:

@@ -108,6 +108,17 @@ def onednn_keeps_float32() -> bool:
     return bool((product - exact).norm() < 1e-5 * exact.norm())  # FP32: 1e-7, BF16: 2e-3
 
 
+@contextmanager
+def threads(count: int) -> Iterator[int]:
+    """Run with `count` torch threads; gives the number from before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
 def with_smaller_batches(batch: int, compute: Callable[[int], T]) -> T:
     """`compute(batch)`; where the GPU's memory does not suffice, again with half the batch, and says so.
 

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from windquant import kernels
+from windquant import compute, kernels
 from windquant.packed import SCALE_BITS, Layout, ScaleCoder, chunk_order, decode_offset, encode_offset, pack_order
 from windquant.quantizers import Fit, actions
 from windquant.quantizers.rotation import rotation
 from windquant.units import chunk_widths
 
 DAMPING = 0.01  # of the mean diagonal
+BLOCK = 1024  # columns that one thread factorizes
 
 
 def column_order(energy: Tensor, order: str, chunk: int, protected: int) -> Tensor:
@@ -38,13 +39,31 @@ def column_order(energy: Tensor, order: str, chunk: int, protected: int) -> Tens
 def factor(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     """Upper triangular U [n, n], float32, with (H + damping mean(diag H) I)^-1 = U^T U; computed in float64.
 
-    Dead inputs (zero rows of H) are kept apart from the others by the damping; a covariance of zeros gives I.
+    With J the reversal of the order, J H J = L L^T gives U = J L^-1 J: no inverse of H itself is needed. Dead inputs
+    (zero rows of H) are kept apart from the others by the damping; a covariance of zeros gives I.
     """
-    matrix = covariance.double().clone()
+    matrix = covariance.double().flip(0, 1)
     mean = matrix.diagonal().mean()
     matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(cholesky(matrix), identity, upper=False).flip(0, 1).float()
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower triangular L [n, n] with L L^T the matrix, which is overwritten; on a CPU the same bits with any number of
+    threads.
+
+    LAPACK's own parallel factorization sums otherwise with every number of them, and a last bit that flips, flips
+    codes. So diagonal blocks take one thread; products and triangular solutions, where the work is, take all.
+    """
+    for start in range(0, len(matrix), BLOCK):
+        end = start + BLOCK
+        block, below = matrix[start:end, start:end], matrix[end:, start:end]
+        with compute.threads(1):
+            block.copy_(torch.linalg.cholesky(block))
+        below.copy_(torch.linalg.solve_triangular(block.T, below, upper=True, left=False))
+        matrix[end:, end:] -= below @ below.T
+    return matrix.tril_()
 
 
 def rotate(covariance: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:

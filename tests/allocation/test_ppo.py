@@ -11,6 +11,7 @@ import pytest
 import torch
 from sb3_contrib import MaskablePPO
 
+from windquant import compute
 from windquant.allocation import lagrangian, ppo
 from windquant.allocation.budget import Choice, fill, highest, limit
 from windquant.allocation.environment import AllocationVecEnv
@@ -48,7 +49,7 @@ def test_ppo_learns_where_the_errors_are_wrong(make_bank: Callable[..., Bank]) -
         return Brief(np.full(count, 2.0), weights.repeat(count, axis=0), np.zeros((count, model.size)))
 
     env = AllocationVecEnv(Walk(bank, model), 16, lambda: brief(16), lambda brief, choice: np.zeros(len(choice)))
-    with ppo.threads(1):
+    with compute.threads(1):
         learner = MaskablePPO(
             AllocationPolicy, env, learning_rate=5e-4, n_steps=64, batch_size=256, n_epochs=3, gamma=1.0,
             gae_lambda=ppo.GAE_LAMBDA, policy_kwargs={"layout": env.walk.layout}, seed=0, device="cpu",

@@ -17,8 +17,6 @@ The search's state is written after every update: a killed search goes on and en
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 
+from windquant import compute
 from windquant.allocation import checkpoint, features, lagrangian
 from windquant.allocation.budget import Choice, fill, highest, limit
 from windquant.allocation.curve import CurveWriter, Report
@@ -64,10 +63,10 @@ def search(
     `start` is a policy of another bank that fits this one: the search begins with what it has learned. Same seed, same
     policy.
     """
-    with threads(1) as original:
+    with compute.threads(1) as original:  # fastest for a small network
 
         def measured(choice: Choice) -> float:
-            with threads(original):
+            with compute.threads(original):
                 return measure(choice)
 
         return Search(bank, seed, settings, measured, cache, report, start).run()
@@ -323,14 +322,3 @@ def spread(total: int, places: int) -> list[int]:
     """`total` measurements over the walks, more of them early: what is known early is learned."""
     share = np.cumsum(np.arange(places, 0, -1))
     return np.diff(np.round(total * share / share[-1]).astype(int), prepend=0).tolist()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[int]:
-    """Run with `count` torch threads; gives the number from before. One is fastest for a small network."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)
