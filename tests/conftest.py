@@ -35,7 +35,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = str(item.path)
         if not item.nodeid.startswith("tests/workflow/"):
             return 3
-        return (0 if path == sharing[0] else 2) if path in sharing else 1
+        if path not in sharing:
+            return 1
+        return 0 if path == sharing[0] else 2
 
     items.sort(key=order)
 
