@@ -15,6 +15,7 @@ from tests import paper_tasks
 from tests.families import save_calibration, token_ids
 from windquant import calibration, models
 from windquant.evaluation.perplexity import perplexity
+from windquant.manifest import Manifest
 
 RTN = Recipe("RTN", "2 bits", "rtn", {"bits": 2, "group_size": 32})
 UNINSTALLABLE = Recipe("nobody", "2 bits", "rtn", {}, "uninstallable")
@@ -173,7 +174,7 @@ def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "peers.md").read_text() == "# Peers\n"
 
 
-def test_our_rows_come_from_results() -> None:
+def test_our_rows_come_from_results(tmp_path: Path) -> None:
     result = {
         "model": "m",
         "target_bits": 2.0,
@@ -183,15 +184,24 @@ def test_our_rows_come_from_results() -> None:
         "seconds": {"statistics": 1, "bank": 2, "allocation": 3, "quantize": 4, "recovery": 5, "zero_shot": 100},
         "peak_memory_bytes": {"allocation": {"host": 7, "gpu": 0}, "recovery": {"host": 9, "gpu": 0}},
     }
-    before, after = ours.of_result(Path("results/m_2.0bits.json"), result)
+    shared = {stage: {"path": f"data/checkpoints/{stage}", "sha256": ""} for stage in ours.STAGES}
+
+    def rows(name: str) -> list[row.Row]:
+        path = tmp_path / name
+        Manifest("result", {}, 0, shared, {}, 0.0, {}, {}, None, None, None).save(path)
+        return ours.of_result(path, result)
+
+    before, after = rows("m_2.0bits.json")
     assert (before["perplexity"], before["seconds"], before["peak_memory_bytes"]) == (41.0, 10, 7)
     assert (after["perplexity"], after["seconds"], after["peak_memory_bytes"]) == (31.5, 15, 9)
-    assert after["checkpoint"] == "m_2.0bits.ppo/quantized"
+    assert (before["checkpoint"], after["checkpoint"]) == (
+        "data/checkpoints/before_recovery",
+        "data/checkpoints/quantized",
+    )
     assert after["recipe"] == "2 bits, ppo, recovered"
     assert after["bits"] == 1.9999
     for variant in ("ppo-chunk32", "ppo-1", "lagrangian-standard-1"):  # the result says ppo
-        changed, _ = ours.of_result(Path(f"results/m_2bits.{variant}.json"), result)
-        assert changed["checkpoint"] == f"m_2bits.{variant}/before_recovery"
+        changed, _ = rows(f"m_2bits.{variant}.json")
         assert changed["recipe"] == f"2 bits, {variant}, before recovery"
     with pytest.raises(SystemExit, match=r"some\.json"):
         ours.of_result(Path("results/some.json"), result)

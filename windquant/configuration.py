@@ -26,6 +26,7 @@ Config = Mapping[str, Any]
 ALLOCATORS = ("ppo", "uniform", "greedy", "lagrangian", "random", "layer", "evolution")
 LEARNED = ("ppo", "layer")  # those that take a policy
 MEASURING = (*LEARNED, "evolution")  # those that spend measurements
+SEEDLESS = ("uniform", "greedy", "lagrangian")  # those that draw nothing: the same plan with every seed
 LOWEST_BITS, HIGHEST_BITS = 1.0, 16.0  # the bank knows the exact lowest ones: they depend on the metadata
 
 

@@ -64,7 +64,7 @@ def track(task: "Task", plan: Plan, result: Mapping[str, Any], manifests: Mappin
         task.tracker.close_parent(
             {**metrics(result), "checkpoint_bytes": task.notes["checkpoint_bytes"]},
             {"result.json": task.output, "plan.json": task.inputs["plan"], "plan.svg": picture},
-            {"chunk": _setting(manifests["bank"], "chunk"), "seed": plan.seed, "fallback": plan.fallback},
+            {"chunk": _setting(manifests["bank"], "chunk"), "seed": result["seed"], "fallback": plan.fallback},
             parameters_of(manifests, plan.allocator),
             "\n".join(f"| {' | '.join(row)} |" for row in table),
         )
@@ -104,7 +104,7 @@ def assemble(
         "actions": _note(manifests["plan"], "shares"),
         "protected_fraction": _setting(manifests["bank"], "protected"),
         "fallback": plan.fallback,
-        "seed": plan.seed,
+        "seed": quantized.seed,  # the plan's may be another: one that draws nothing serves all seeds
         "seconds": {step: round(sum(part.seconds for part in found), 3) for step, found in sources.items()},
         "peak_memory_bytes": {
             step: {kind: max((part.peak_memory_bytes[kind] for part in found), default=0) for kind in ("host", "gpu")}

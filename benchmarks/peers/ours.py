@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.peers.row import Row, Texts, evaluated
 from windquant import configuration
+from windquant.manifest import Manifest
 
 STAGES = {"before_recovery": "before recovery", "quantized": "recovered"}
 #: Steps that make a checkpoint; the others measure it.
@@ -24,7 +25,6 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, help="folder of <task>.<split>.jsonl of the paper's tasks")
     # What these two need
     parser.add_argument("--calibration", type=Path, help="artifact of the calibration step")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the checkpoints")
     parser.add_argument("--model", type=Path, help="Hugging Face folder of the original")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
@@ -35,7 +35,7 @@ def main() -> None:
     if given.wikitext2 or given.tasks:
         texts = Texts(given.calibration, given.wikitext2, given.tasks)
         for row in rows:
-            folder = given.model if row["peer"] == "original" else given.data / "checkpoints" / row["checkpoint"]
+            folder = given.model if row["peer"] == "original" else Path(row["checkpoint"])
             found = evaluated(folder, texts)
             row |= {key: found[key] for key in ("wikitext2", "accuracy") if key in found}
     given.output.write_text(json.dumps(rows, indent=1) + "\n")
@@ -45,9 +45,9 @@ def of_result(path: Path, result: dict[str, Any]) -> list[Row]:
     """A row before recovery and one after it. SystemExit for a name that the workflow does not give."""
     variant = configuration.variant_of(path)  # the result's own allocator is "ppo" for ppo-chunk32 too
     if variant is None:
-        raise SystemExit(f"{path}: no name of a result of the workflow, so nobody knows where its checkpoint is")
+        raise SystemExit(f"{path}: no name of a result of the workflow; give one of results/")
     measured = next(iter(result["perplexity"].values()))
-    name = f"{path.stem.removesuffix('.' + variant.name)}.{variant.name}"
+    made_from = Manifest.load(path).inputs
     rows = []
     for stage, text in STAGES.items():
         steps = [step for step in STEPS if step != "recovery" or stage == "quantized"]
@@ -60,7 +60,7 @@ def of_result(path: Path, result: dict[str, Any]) -> list[Row]:
                 "perplexity": measured[stage],
                 "seconds": sum(result["seconds"].get(step, 0) for step in steps),
                 "peak_memory_bytes": max(memory[step]["host"] for step in steps if step in memory),
-                "checkpoint": f"{name}/{stage}",
+                "checkpoint": made_from[stage]["path"],
             }
         )
     return rows

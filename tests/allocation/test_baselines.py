@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from windquant.allocation import ALLOCATORS, BASELINES, greedy, lagrangian, randomized, uniform
 from windquant.allocation.budget import cheapest, fill, ladder, limit, prices, take
 from windquant.bank import Bank
+from windquant.configuration import SEEDLESS
 from windquant.errors import WindquantError
 from windquant.units import Linear
 
@@ -156,6 +157,11 @@ def test_random_follows_its_seed(small_bank: Bank) -> None:
     plans = [randomized.allocate(small_bank, 2.0, seed) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(plans[0], plans[1])
     assert (plans[0] != plans[2]).any()
+
+
+@pytest.mark.parametrize("name", SEEDLESS)
+def test_what_draws_nothing_has_one_plan_for_all_seeds(small_bank: Bank, name: str) -> None:
+    np.testing.assert_array_equal(*(BASELINES[name](small_bank, 2.0, seed) for seed in (0, 7)))
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))

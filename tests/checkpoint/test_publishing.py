@@ -68,13 +68,13 @@ def test_the_folder_for_the_hub(whole: Made, tmp_path: Path) -> None:
         ("m_2bits.ppo-chunk32", "ppo", 0, "m_2bits.ppo-chunk32"),
         ("result", "ppo", 0, "m_2.0bits"),
         ("result", "greedy", 0, "m_2.0bits.greedy"),
-        ("result", "ppo", 1, "m_2.0bits.ppo-1"),
+        ("result", "lagrangian", 1, "m_2.0bits.lagrangian-1"),  # the plan has no seed, its recovery has one
     ],
 )
 def test_the_command_makes_the_same_checkpoint(whole: Made, name: str, allocator: str, seed: int, file: str) -> None:
-    plan = dataclasses.replace(whole.plan, model="m", target_bits=2.0, allocator=allocator, seed=seed)
-    result = {"perplexity": {}, "zero_shot": {}, "config_sha256": "0" * 64}
-    command = publishing.command(plan, Path(f"{name}.json"))
+    plan = dataclasses.replace(whole.plan, model="m", target_bits=2.0, allocator=allocator, seed=0)
+    result = {"perplexity": {}, "zero_shot": {}, "config_sha256": "0" * 64, "seed": seed}
+    command = publishing.command(plan, seed, Path(f"{name}.json"))
     text = card.card(plan, whole.layouts, 2.0, 4.0, 100, result, command)
     assert f"snakemake --cores all results/{file}.json\n\nwith seed {seed}" in text
 

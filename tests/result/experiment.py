@@ -19,7 +19,7 @@ class Units:
     chunk: int = 64  # columns
 
 
-def make(name: str, output: str, write: Callable[[step.Task], None], **inputs: str) -> str:
+def make(name: str, output: str, write: Callable[[step.Task], None], seed: int = 5, **inputs: str) -> str:
     """Run a step that only writes; returns the path of its output."""
     argv = [part for key, path in inputs.items() for part in ("--" + key, path)]
     step.main(
@@ -27,7 +27,7 @@ def make(name: str, output: str, write: Callable[[step.Task], None], **inputs: s
         lambda task, _: write(task),
         Units,
         tuple(inputs),
-        argv=[*argv, "--output", output, "--seed", "5"],
+        argv=[*argv, "--output", output, "--seed", str(seed)],
         light=True,
     )
     return output

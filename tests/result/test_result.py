@@ -92,6 +92,16 @@ def test_every_key_is_measured() -> None:
     assert again == found
 
 
+def test_the_seed_is_that_of_the_recovery() -> None:
+    inputs = chain("lagrangian")
+    assert assemble(inputs)["seed"] == 5
+    again = {"model": "model", "calibration": "calibration", "checkpoint": str(inputs["before_recovery"])}
+    after = str(inputs["quantized"])
+    notes = Manifest.load(Path(after)).notes
+    make("recovery", after, checkpoint(SIZE, **notes), seed=7, **again)
+    assert assemble(inputs, "results/seven.json")["seed"] == 7, "the plan draws nothing and keeps its own"
+
+
 def test_a_shared_bank_counts_its_jobs() -> None:
     inputs = chain()
     parts = [make("bank", f"bank.{i}", text(f"{i}"), model="model", statistics="statistics") for i in range(2)]

@@ -70,7 +70,9 @@ def test_comparison_shares_the_steps_of_the_model(folder: Path, snakemake: Snake
     done = snakemake(folder, "-n", "results/smollm2-135m_2.0bits.comparison.csv")
     jobs = planned(done.stdout)
     assert jobs["bank"] == jobs["statistics"] == jobs["perplexity_original"] == 1
-    assert jobs["allocation"] == jobs["recovery"] == jobs["result"] == 7 * 3, "seven allocators, three seeds"
+    assert jobs["recovery"] == jobs["result"] == 7 * 3, "seven allocators, three seeds"
+    assert jobs["allocation"] == jobs["quantize"] == 4 * 3 + 3, "three of them draw nothing"
+    assert jobs["perplexity"] == 7 * 3 + 4 * 3 + 3
     assert jobs["search"] == 2 * 3, "by chunk and by layer"
     assert jobs["comparison"] == 1
     done = snakemake(folder, "-n", "results/smollm2-135m_2.0bits.comparison.csv", "--config", "seeds=[0]")
@@ -88,22 +90,23 @@ def test_all_budgets_share_one_search(folder: Path, snakemake: Snakemake) -> Non
 
 
 @pytest.mark.parametrize(
-    ("model", "ablation", "banks", "searches", "results"),
+    ("model", "ablation", "banks", "searches", "plans", "results"),
     [
-        ("smollm2-135m", "chunk", 4, 4, 4),
-        ("llama3.2-1b", "protection", 4, 4, 5),  # 3 % is the default: it shares that bank
-        ("smollm2-135m", "order", 2, 2, 2),
-        ("smollm2-135m", "measured", 1, 4, 5),
-        ("smollm2-135m", "recovery", 1, 1, 4),
+        ("smollm2-135m", "chunk", 4, 4, 4, 4),
+        ("llama3.2-1b", "protection", 4, 4, 4, 5),  # 3 % is the default: it shares that plan
+        ("smollm2-135m", "order", 2, 2, 2, 2),
+        ("smollm2-135m", "measured", 1, 4, 5, 5),
+        ("smollm2-135m", "recovery", 1, 1, 1, 4),
     ],
 )
 def test_an_ablation_repeats_what_its_changes_need(
-    folder: Path, snakemake: Snakemake, model: str, ablation: str, banks: int, searches: int, results: int
+    folder: Path, snakemake: Snakemake, model: str, ablation: str, banks: int, searches: int, plans: int, results: int
 ) -> None:
     done = snakemake(folder, "-np", f"results/{model}_2.0bits.ablation.{ablation}.csv")
     assert done.returncode == 0, done.stdout
     jobs = planned(done.stdout)
     assert (jobs["bank"], jobs["search"], jobs["result"], jobs["ablation"]) == (banks, searches, results, 1)
+    assert (jobs["allocation"], jobs["quantize"], jobs["recovery"]) == (plans, plans, results)
     assert jobs["statistics"] == jobs["perplexity_original"] == 1
     if ablation == "chunk":
         assert "--chunk=32" in done.stdout

@@ -31,10 +31,10 @@ def quality(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def making(plan: Plan, result: Mapping[str, Any], command: str) -> str:
+def making(result: Mapping[str, Any], command: str) -> str:
     """How a result was made, as a section of the card: the command, its seed, and which configuration it needs."""
     return (
-        f"## How it was made\n\n    {command}\n\nwith seed {plan.seed}, under the configuration with the digest "
+        f"## How it was made\n\n    {command}\n\nwith seed {result['seed']}, under the configuration with the digest "
         f"`{result['config_sha256']}`.\n"
     )
 
@@ -52,7 +52,7 @@ def card(
 
     A checkpoint is written before it is evaluated, so that its own card has no `result` yet.
     """
-    evaluated = "" if result is None else f"{quality(result)}\n{making(plan, result, command)}"
+    evaluated = "" if result is None else f"{quality(result)}\n{making(result, command)}"
     form = next(iter(layouts.values())).format
     rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in shares(layouts).items())
     return f"""---
@@ -75,7 +75,7 @@ channels of a linear weight has a width of its own, chosen by the `{plan.allocat
 | checkpoint bits (whole file, all parameters) | {checkpoint_bits:.4f} |
 | bytes of the quantized linears | {measured_bytes:,} |
 | weights quantized | {plan.weights:,} |
-| seed | {plan.seed} |
+| seed of the plan | {plan.seed} |
 
 Share of the quantized weights per action (`protected`: the most salient columns, in 8 bits):
 

@@ -52,15 +52,15 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
         )
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*"))
     bits = measured.effective_bits, measured.checkpoint_bits
-    text = card(plan, layouts, *bits, measured.measured_bytes, found, command(plan, result))
+    text = card(plan, layouts, *bits, measured.measured_bytes, found, command(plan, found["seed"], result))
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def command(plan: Plan, result: Path) -> str:
+def command(plan: Plan, seed: int, result: Path) -> str:
     """The workflow's command for a result. Under a name of its own a file does not tell the change of an ablation."""
     name = result.name
     if configuration.variant_of(result) is None:
-        variant = configuration.Variant(plan.allocator, seed=plan.seed or None)
+        variant = configuration.Variant(plan.allocator, seed=seed or None)
         name = configuration.result_name(plan.model, float(plan.target_bits), variant.name)
     return f"snakemake --cores all results/{name}"
 

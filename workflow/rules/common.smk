@@ -193,16 +193,15 @@ def bank_parts(wildcards):
 
 def made(wildcards):
     """The steps on the way to a result that have been made, as far as its room is concerned."""
-    plan = f"{wildcards.model}_{wildcards.bits}bits.{wildcards.allocator}"
-    outputs = {
-        "model": f"resources/models/{wildcards.model}",
-        "calibration": f"data/calibration/{wildcards.model}",
-        "statistics": f"data/statistics/{wildcards.model}.safetensors",
-        "bank": bank_of(wildcards),
-        "allocation": f"data/plans/{plan}.json",
-        "quantize": f"data/checkpoints/{plan}/before_recovery",
-        "recovery": f"data/checkpoints/{plan}/quantized",
+    steps = {
+        "model": "resources/models/{model}",
+        "calibration": "data/calibration/{model}",
+        "statistics": "data/statistics/{model}.safetensors",
+        "allocation": "data/plans/{model}_{bits}bits.{plan}.json",
+        "quantize": "data/checkpoints/{model}_{bits}bits.{codes}/before_recovery",
+        "recovery": "data/checkpoints/{model}_{bits}bits.{allocator}/quantized",
     }
+    outputs = dict(zip(steps, of_plan(*steps.values())(wildcards), strict=True)) | {"bank": bank_of(wildcards)}
     outputs |= {"search": path for path in search_of(wildcards)}
     return {step for step, path in outputs.items() if Path(path).exists()}
 
@@ -218,14 +217,25 @@ def bank_of_plan(wildcards):
     return bank_of(wildcards)
 
 
+#: The steps between a model's statistics and a checkpoint, and the allocators for whose plans some of them are.
+CHAIN = ("bank", "search", "allocation", "quantize")
+READERS = {"search": configuration.LEARNED, "allocation": configuration.MEASURING}
+
+
+def shared(wildcards, last):
+    """The variant under whose name a step makes something: without a change or a seed that no step so far notices."""
+    own = variant(wildcards)
+    steps = [step for step in CHAIN[: CHAIN.index(last) + 1] if own.allocator in READERS.get(step, [own.allocator])]
+    noticed = any(alters(wildcards.model, own.change, step) for step in steps)
+    seeded = own.allocator not in configuration.SEEDLESS
+    return configuration.Variant(own.allocator, own.change if noticed else "", own.seed if seeded else None).name
+
+
 def search_of(wildcards):
     """The search whose policy makes a plan, where one does: all budgets share it, and changes that it does not notice."""
-    own = variant(wildcards)
-    if own.allocator not in configuration.LEARNED:
+    if variant(wildcards).allocator not in configuration.LEARNED:
         return []
-    noticed = any(alters(wildcards.model, own.change, step) for step in ("bank", "search"))
-    parts = [own.allocator, *([own.change] if noticed else []), *([] if own.seed is None else [str(own.seed)])]
-    return [f"data/search/{wildcards.model}_{'-'.join(parts)}.safetensors"]
+    return [f"data/search/{wildcards.model}_{shared(wildcards, 'search')}.safetensors"]
 
 
 def manifest_of(function):
@@ -244,11 +254,19 @@ def result_of(model, bits, name):
 
 
 def of_plan(*patterns):
-    """The files of the plan that a result is about: an empty {baseline} is PPO."""
+    """The files of the plan that a result is about: an empty {baseline} is PPO.
+
+    {allocator} is what the result's own files are called; {plan} and {codes} what its plan and its checkpoint before
+    recovery are, which results share that differ in later steps alone.
+    """
 
     def files(wildcards):
-        allocator = wildcards.baseline.removeprefix(".") or "ppo"
-        return [pattern.format(allocator=allocator, **wildcards) for pattern in patterns]
+        names = {
+            "allocator": variant(wildcards).name,
+            "plan": shared(wildcards, "allocation"),
+            "codes": shared(wildcards, "quantize"),
+        }
+        return [pattern.format(**{**wildcards, **names}) for pattern in patterns]
 
     return files
 

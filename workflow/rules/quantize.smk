@@ -8,7 +8,7 @@ rule quantize:
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
         statistics="data/statistics/{model}.safetensors",
-        plan="data/plans/{model}_{bits}bits.{allocator}.json",
+        plan=of_plan("data/plans/{model}_{bits}bits.{plan}.json"),
         experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
         checkpoint=directory("data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery"),

@@ -7,8 +7,8 @@ rule recovery:
         model_manifest="resources/models/{model}.manifest.json",
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
-        checkpoint=ancient("data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery"),
-        checkpoint_manifest="data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery.manifest.json",
+        checkpoint=ancient(of_plan("data/checkpoints/{model}_{bits}bits.{codes}/before_recovery")),
+        checkpoint_manifest=of_plan("data/checkpoints/{model}_{bits}bits.{codes}/before_recovery.manifest.json"),
         experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
         checkpoint=directory("data/checkpoints/{model}_{bits}bits.{allocator}/quantized"),

@@ -3,7 +3,7 @@
 
 rule plan_picture:
     input:
-        plan=of_plan("data/plans/{model}_{bits}bits.{allocator}.json"),
+        plan=of_plan("data/plans/{model}_{bits}bits.{plan}.json"),
         bank=bank_of,
     output:
         picture=report(
