@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.families import NAMES, WINDOW
 from windquant import compute
-from windquant.feedback import DAMPING, cholesky, column_order, factor, quantize_linear, rotate
+from windquant.feedback import DAMPING, column_order, factor, inverse_cholesky, quantize_linear, rotate
 from windquant.packed import Format, Layout, dequantize, pack_order, unpack_order
 from windquant.quantizers.rotation import rotation
 from windquant.units import Linear, chunk_widths
@@ -64,17 +64,18 @@ def test_factor_is_the_upper_root_of_the_inverse() -> None:
     torch.testing.assert_close(u.double().T @ u.double() @ damped, torch.eye(40).double(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [700, 1536])  # less than a block, and more
+@pytest.mark.parametrize("size", [200, 700, 1536])  # less than a block, and more
 def test_the_factor_has_the_same_bits_with_any_number_of_threads(size: int) -> None:
     matrix = correlated(size).double()
     matrix.diagonal().add_(0.1)
     found = []
     for count in (1, 2):
         with compute.threads(count):
-            found.append(cholesky(matrix.clone()))
+            found.append(inverse_cholesky(matrix.clone()))
     assert torch.equal(*found)
-    torch.testing.assert_close(found[0] @ found[0].T, matrix)
-    assert torch.equal(found[0], found[0].tril())
+    inverse = found[0]
+    torch.testing.assert_close(inverse @ matrix @ inverse.T, torch.eye(size, dtype=matrix.dtype))
+    assert torch.equal(inverse, inverse.tril())
 
 
 def test_factor_leaves_its_argument_alone() -> None:

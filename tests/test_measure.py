@@ -188,9 +188,9 @@ def test_plans_are_compared_as_really_quantized_models(prepared: Prepared, meter
 
 
 def test_comparing_plans_draws_no_noise(prepared: Prepared, meter: LossMeter) -> None:
-    fresh = LossMeter(prepared.model, prepared.calibration, prepared.statistics, Bank.load(prepared.bank))
     plan = uniform(prepared, "scalar-2")
     with in_float32():
+        fresh = LossMeter(prepared.model, prepared.calibration, prepared.statistics, Bank.load(prepared.bank))
         assert fresh.divergences([plan], int) == meter.divergences([plan], int)
     assert not fresh.noise.states
     assert fresh.loss_gap(choice(fresh, "scalar-2")) == meter.loss_gap(choice(meter, "scalar-2"))

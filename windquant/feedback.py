@@ -21,7 +21,7 @@ from windquant.quantizers.rotation import rotation
 from windquant.units import chunk_widths
 
 DAMPING = 0.01  # of the mean diagonal
-BLOCK = 1024  # columns that one thread factorizes
+BLOCK = 256  # columns that one thread factorizes and inverts
 
 
 def column_order(energy: Tensor, order: str, chunk: int, protected: int) -> Tensor:
@@ -45,25 +45,30 @@ def factor(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     matrix = covariance.double().flip(0, 1)
     mean = matrix.diagonal().mean()
     matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(cholesky(matrix), identity, upper=False).flip(0, 1).float()
+    return inverse_cholesky(matrix).flip(0, 1).float()
 
 
-def cholesky(matrix: Tensor) -> Tensor:
-    """Lower triangular L [n, n] with L L^T the matrix, which is overwritten; on a CPU the same bits with any number of
-    threads.
+def inverse_cholesky(matrix: Tensor) -> Tensor:
+    """Lower triangular L^-1 [n, n] with L L^T the matrix, which is overwritten; on a CPU the same bits with any number
+    of threads.
 
-    LAPACK's own parallel factorization sums otherwise with every number of them, and a last bit that flips, flips
-    codes. So diagonal blocks take one thread; products and triangular solutions, where the work is, take all.
+    LAPACK's own factorization and triangular solutions sum otherwise with every number of them, and a last bit that
+    flips, flips codes. So diagonal blocks take one thread; all the rest are products, which take all.
     """
+    inverse = torch.zeros_like(matrix)
     for start in range(0, len(matrix), BLOCK):
         end = start + BLOCK
         block, below = matrix[start:end, start:end], matrix[end:, start:end]
         with compute.threads(1):
-            block.copy_(torch.linalg.cholesky(block))
-        below.copy_(torch.linalg.solve_triangular(block.T, below, upper=True, left=False))
+            lower = torch.linalg.cholesky(block)
+            identity = torch.eye(len(block), dtype=block.dtype, device=block.device)
+            own = torch.linalg.solve_triangular(lower, identity, upper=False)
+        below.copy_(below @ own.T)
         matrix[end:, end:] -= below @ below.T
-    return matrix.tril_()
+        # by L L^-1 = I, row of blocks by row of blocks
+        inverse[start:end, start:end] = own
+        inverse[start:end, :start] = -own @ (matrix[start:end, :start] @ inverse[:start, :start])
+    return inverse
 
 
 def rotate(covariance: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
