@@ -18,7 +18,7 @@ from windquant.gains import GainLinear, regain, stored_gain
 from windquant.manifest import Manifest
 from windquant.packed import dequantize
 from windquant.presets import recovery_steps
-from windquant.recovery import trainable
+from windquant.recovery import learned_from, trainable
 from windquant.tuning import Tuning, schedule
 
 
@@ -381,6 +381,19 @@ def test_more_steps_than_text_are_said(
     assert "by heart" not in capsys.readouterr().err
     recover(prepared, packed, tmp_path / "many", steps=2 * windows + 1)
     assert f"recovery: {2 * windows + 1} steps pass 2." in capsys.readouterr().err
+
+
+def test_all_text_is_recoverys_and_that_of_the_calibration(prepared: Prepared, packed: Path, tmp_path: Path) -> None:
+    texts = calibration.load(prepared.calibration)
+    windows, length = learned_from(texts), texts.recovery.shape[1]
+    assert torch.equal(windows[: len(texts.recovery)], texts.recovery.long())
+    more = windows[len(texts.recovery) :]
+    assert len(more) == texts.calibration.numel() // length > 0
+    assert torch.equal(more.flatten(), texts.calibration.flatten()[: more.numel()].long())
+    made = recover(prepared, packed, tmp_path / "made", text="all", steps=len(windows))
+    seen = Manifest.load(made).notes["curve"]
+    assert len(seen) == len(windows)
+    assert seen != Manifest.load(recover(prepared, packed, tmp_path / "less", steps=len(windows))).notes["curve"]
 
 
 def test_presets_say_how_many_steps(prepared: Prepared, packed: Path, tmp_path: Path) -> None:

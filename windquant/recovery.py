@@ -42,6 +42,7 @@ class Settings:
     # Layer by layer takes the memory of one, and more time; what is recovered is the same
     scope: Literal["auto", "model", "layers"] = "auto"  # what is in memory; auto: the whole model where it fits
     steps: int | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays as it is
+    text: Literal["recovery", "all"] = "recovery"  # split it learns from; all: the calibration split as well
     # Rates are multiplied by the divergence before recovery, of at most one nat: the less there is to recover, the less
     # a step may destroy
     gain_rate: float = 6e-3  # learning rate of the log-gains, per nat of divergence
@@ -55,18 +56,19 @@ def run(task: step.Task, settings: Settings) -> None:
     original, quantized = task.inputs["model"], task.inputs["checkpoint"]
     texts = calibration.load(task.inputs["calibration"])
     steps = presets.recovery_steps(settings.preset, settings.steps)
-    windows, held_out = drawn(texts.recovery.long(), steps, task.seed), texts.reward.long()
-    if (passes := steps / len(texts.recovery)) > PASSES:
+    text = learned_from(texts) if settings.text == "all" else texts.recovery.long()
+    windows, held_out = drawn(text, steps, task.seed), texts.reward.long()
+    if (passes := steps / len(text)) > PASSES:
         print(
             f"recovery: {steps} steps pass {passes:.1f} times through its text and will learn it by heart; take fewer "
-            "(recovery.steps), or give it more text (calibration.source, calibration.recovery_samples)",
+            "(recovery.steps), or give it more text (recovery.text, calibration.source, calibration.recovery_samples)",
             file=sys.stderr,
             flush=True,
         )
     if settings.rounding < 0:
         raise WindquantError(f"recovery.rounding: {settings.rounding} steps are none; give a positive number, or 0")
     if settings.rounding:
-        quantized = rounding.rounded(task, original, quantized, texts.recovery.long(), held_out, settings.rounding)
+        quantized = rounding.rounded(task, original, quantized, text, held_out, settings.rounding)
     scope = settings.scope
     if scope == "auto":
         size = memory.RECOVERY * streaming.open_source(original).parameters
@@ -112,6 +114,14 @@ def run(task: step.Task, settings: Settings) -> None:
     task.note("effective_bits", measured.effective_bits)
     task.note("checkpoint_bits", measured.checkpoint_bits)
     task.note("measured_bytes", measured.measured_bytes)
+
+
+def learned_from(texts: calibration.Calibration) -> Tensor:
+    """The windows of recovery, and the calibration split cut into as long ones: int64 [n, length]."""
+    length = texts.recovery.shape[1]
+    tokens = texts.calibration.flatten()
+    more = tokens[: len(tokens) // length * length].view(-1, length)
+    return torch.cat([texts.recovery, more]).long()
 
 
 class Whole:

@@ -149,7 +149,7 @@ for name in sys.argv[1:]:
 def test_compiled_variants_of_several_processes_work_together(tmp_path: Path) -> None:
     """Two variants that were compiled in two processes once shared a name in numba's cache, and crashed in a third."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    for names in (["2"], ["1", "1.5"], ["1", "1.5", "2", "3"], ["2", "3"]):
+    for names in (["2"], ["1"], ["1", "2"]):
         command = [sys.executable, "-c", VARIANTS, *(f"trellis-{name}" for name in names)]
         subprocess.run(command, check=True, env=environment)
 

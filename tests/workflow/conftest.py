@@ -59,8 +59,30 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Pat
     return folder
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """That of all processes of pytest-xdist."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What numba compiles of the trellis search, in the project's own folder: the clones take it along."""
+    import torch
+
+    from windquant.bank import Settings
+    from windquant.quantizers import Trellis, actions
+
+    with FileLock(shared_folder(tmp_path_factory) / "compiled.lock"):
+        for action in actions(Settings().window).values():
+            if isinstance(action, Trellis):
+                rows = torch.ones(32, 2)
+                fit = action.fit(rows, torch.ones(2))
+                action.encode(rows.T.contiguous(), fit, torch.ones(32), torch.eye(2))
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory, compiled: None) -> Callable[[], Path]:
     """Makes a copy of what a clone of this project holds for its workflow."""
 
     def make() -> Path:
@@ -68,7 +90,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
         for name in ("Snakefile", "requirements.lock", "data.dvc", ".dvcignore", ".gitignore"):
             shutil.copy(ROOT / name, folder)
         for name in ("workflow", "config", "windquant"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc"))
         (folder / "profiles").symlink_to("workflow/profiles")
         (folder / ".dvc").mkdir()
         for name in ("config", ".gitignore"):
@@ -124,8 +146,7 @@ def finished_once(
 
     Never write to it: `finished` is a copy of one's own.
     """
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    shared = shared_folder(tmp_path_factory)
     note = shared / "finished.txt"  # the folder is not renamed: links to the model's files lead into it
     with FileLock(shared / "finished.lock"):
         if not note.exists():
