@@ -364,6 +364,25 @@ def test_kl_divergence() -> None:
     assert kl_divergence(teacher, teacher + 3).item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_kl_divergence_has_the_gradient_of_autograd(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(2, 3, 11, generator=generator).to(dtype) for _ in range(2))
+    gradients = []
+    for divergence_of in (kl_divergence, by_autograd):
+        given = student.clone().requires_grad_(True)
+        (3 * divergence_of(given, teacher)).backward()
+        assert given.grad is not None
+        gradients.append(given.grad)
+    assert gradients[0].dtype == dtype
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+def by_autograd(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = (logits.float().flatten(0, -2).log_softmax(-1) for logits in (student, teacher))
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
 def test_divergence_is_the_mean_over_all_windows(prepared: Prepared, packed: Path) -> None:
     teacher, student = (compute.move(models.load(folder)) for folder in (prepared.model, packed))
     ids = calibration.load(prepared.calibration).reward.long()  # 6 windows: batches of 4 and 2
