@@ -121,17 +121,18 @@ class Trellis:
         return Fit(chunk.square().mean(1).sqrt() * SHRINK[float(self.bits)])
 
     def encode(self, columns: Tensor, fit: Fit, importance: Tensor, feedback: Tensor) -> Coded:
-        from windquant.quantizers.viterbi import compiled, use_threads
+        from windquant.quantizers.viterbi import quantize
 
-        use_threads(torch.get_num_threads())
-        codes, decoded, errors = compiled(*self.pattern, self.window)(
+        codes, decoded, errors = quantize(
             columns.contiguous().numpy(),
             np.ascontiguousarray(fit.scale.numpy()),
             np.ascontiguousarray(row_weights(importance, fit.scale).numpy()),
             np.ascontiguousarray(feedback.numpy()),
             table(self.window).numpy(),
+            self.pattern,
             tile_rows(columns.shape[1], self.tile),
             SEAM,
+            torch.get_num_threads(),
         )
         return Coded(torch.from_numpy(codes), torch.from_numpy(decoded), torch.from_numpy(errors))
 

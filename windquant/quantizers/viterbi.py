@@ -19,8 +19,9 @@ state; a second one, of the whole stream, begins and ends with it.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -31,11 +32,6 @@ from numpy.typing import NDArray
 config: Any = numba.config
 if "+avx512f" in (features := config.CPU_FEATURES or codegen.get_host_cpu_features()):
     config.CPU_FEATURES = f"{features},-prefer-256-bit"
-
-
-def use_threads(count: int) -> None:
-    """Let searches take `count` threads at most; by itself numba takes all processors that it sees."""
-    numba.set_num_threads(min(count, config.NUMBA_NUM_THREADS))
 
 
 @numba.njit(boundscheck=False, inline="always")
@@ -53,8 +49,8 @@ def _stage(
     """One place of the search: from its best costs to those of the next place, whose codes have `following` bits.
 
     With g = 2^k' h + t: ordered[t][h] = best[g], table[t][b][h] is that of the state 2^(L-k) b + g. Inlined with
-    constant bounds (they are constants of the closure in `compiled`): only then does LLVM vectorize it; and as a global
-    function it leaves the closure nothing that numba cannot cache.
+    constant bounds (they are constants of the closure in `_compiled`): only then does LLVM vectorize it; and as a
+    global function it leaves the closure nothing that numba cannot cache.
     """
     branches, oldest, parts = 1 << bits, 1 << following, 1 << (window - bits - following)
     for h in range(parts):
@@ -137,84 +133,114 @@ def _search(
 
 
 @lru_cache(maxsize=16)
-def compiled(even: int, odd: int, window: int) -> Callable[..., Any]:
-    """The quantizer of a chunk for codes of `even` and `odd` bits (1..4) at even and odd rows and 2^window states.
+def _compiled(even: int, odd: int, window: int) -> Callable[..., None]:
+    """Quantizes one stream, the rows from `start` to `stop`, of all columns; the other arguments are those of
+    `quantize`, and the arrays that it returns.
 
-    A code of either fits into the window beside one of the other.
-
-    The result is `quantize(columns, scales, weights, feedback, table, tile, seam)`:
-    columns: float32 [width, rows], overwritten by the compensated weights; scales: [rows]; weights: [rows], importance
-    of each row's squared error; feedback: upper triangular U [width, width] with H^-1 = U^T U (GPTQ, arXiv 2210.17323);
-    table: [2^window]; tile: rows per stream; seam: even number of rows on either side of a stream's seam that tell the
-    state there. It returns codes uint8 [width, rows], the decoded weights [width, rows] and the errors (w - q) / U_ii
-    [width, rows].
+    It runs without Python's lock, so that threads search several streams. (Numba's own loops in parallel do the same,
+    and take twice as long to compile.)
     """
     states = 1 << window
 
-    def quantize(
+    def stream(
         columns: NDArray[np.float32],
         scales: NDArray[np.float32],
         weights: NDArray[np.float32],
         feedback: NDArray[np.float32],
         table: NDArray[np.float32],
-        tile: int,
+        after_even: NDArray[np.float32],
+        after_odd: NDArray[np.float32],
         seam: int,
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-        width, rows = columns.shape
-        # the table as `_stage` goes through it: t, the oldest bits at the next place, first
-        after_even = np.ascontiguousarray(table.reshape(states >> odd, 1 << odd).T).reshape(states)
-        after_odd = np.ascontiguousarray(table.reshape(states >> even, 1 << even).T).reshape(states)
-        codes = np.empty((width, rows), np.uint8)
-        decoded = np.empty((width, rows), np.float32)
-        errors = np.empty((width, rows), np.float32)
-        for index in numba.prange((rows + tile - 1) // tile):
-            start = index * tile
-            stop = min(rows, start + tile)
-            length = stop - start
-            scale = scales[start:stop]
-            normal = np.empty(length, np.float32)
-            # no ring is what has an odd number of rows, or fewer bits than a state: it begins in state 0
-            ring = length % 2 == 0 and length // 2 * (even + odd) >= window
-            side = min(seam, length)
-            around = np.empty(2 * side, np.float32)
-            heed = np.concatenate((weights[stop - side : stop], weights[start : start + side]))
-            around_codes = np.empty(2 * side, np.uint8)
-            around_decoded = np.empty(2 * side, np.float32)
-            previous = np.empty((max(length, 2 * side), states >> min(even, odd)), np.uint8)
-            best = np.empty(states, np.float32)
-            ordered = np.empty(states, np.float32)
-            for i in range(width):
-                column = columns[i, start:stop]
-                out = decoded[i, start:stop]
+        start: int,
+        stop: int,
+        codes: NDArray[np.uint8],
+        decoded: NDArray[np.float32],
+        errors: NDArray[np.float32],
+    ) -> None:
+        width = len(columns)
+        length = stop - start
+        scale = scales[start:stop]
+        normal = np.empty(length, np.float32)
+        # no ring is what has an odd number of rows, or fewer bits than a state: it begins in state 0
+        ring = length % 2 == 0 and length // 2 * (even + odd) >= window
+        side = min(seam, length)
+        around = np.empty(2 * side, np.float32)
+        heed = np.concatenate((weights[stop - side : stop], weights[start : start + side]))
+        around_codes = np.empty(2 * side, np.uint8)
+        around_decoded = np.empty(2 * side, np.float32)
+        previous = np.empty((max(length, 2 * side), states >> min(even, odd)), np.uint8)
+        best = np.empty(states, np.float32)
+        ordered = np.empty(states, np.float32)
+        for i in range(width):
+            column = columns[i, start:stop]
+            out = decoded[i, start:stop]
+            for r in range(length):
+                normal[r] = column[r] / scale[r]
+            code = codes[i, start:stop]
+            begin, end = (-1, -1) if ring else (0, -1)
+            for turn in range(1 - ring, 2):  # one call in the source: it is inlined, which takes seconds to compile
+                if turn:
+                    given, counted, chosen, reached, asked = normal, weights[start:stop], code, out, 0
+                else:
+                    around[:side] = normal[length - side :]
+                    around[side:] = normal[:side]
+                    given, counted, chosen, reached, asked = around, heed, around_codes, around_decoded, side
+                begin = _search(
+                    even, odd, window, given, counted, table, after_even, after_odd, chosen, reached, previous,
+                    best, ordered, begin, end, asked,
+                )  # fmt: skip
+                end = begin
+            error = errors[i, start:stop]
+            diagonal = feedback[i, i]
+            for r in range(length):
+                out[r] *= scale[r]
+                error[r] = (column[r] - out[r]) / diagonal
+            for j in range(i + 1, width):
+                factor = feedback[i, j]
+                target = columns[j, start:stop]
                 for r in range(length):
-                    normal[r] = column[r] / scale[r]
-                code = codes[i, start:stop]
-                begin, end = (-1, -1) if ring else (0, -1)
-                for turn in range(1 - ring, 2):  # one call in the source: it is inlined, which takes seconds to compile
-                    if turn:
-                        given, counted, chosen, reached, asked = normal, weights[start:stop], code, out, 0
-                    else:
-                        around[:side] = normal[length - side :]
-                        around[side:] = normal[:side]
-                        given, counted, chosen, reached, asked = around, heed, around_codes, around_decoded, side
-                    begin = _search(
-                        even, odd, window, given, counted, table, after_even, after_odd, chosen, reached, previous,
-                        best, ordered, begin, end, asked,
-                    )  # fmt: skip
-                    end = begin
-                error = errors[i, start:stop]
-                diagonal = feedback[i, i]
-                for r in range(length):
-                    out[r] *= scale[r]
-                    error[r] = (column[r] - out[r]) / diagonal
-                for j in range(i + 1, width):
-                    factor = feedback[i, j]
-                    target = columns[j, start:stop]
-                    for r in range(length):
-                        target[r] -= error[r] * factor
-        return codes, decoded, errors
+                    target[r] -= error[r] * factor
 
     # Numba names a function's global data after it. Variants of one name, some compiled and some from the cache, would
     # share that name and then fail.
-    quantize.__name__ = quantize.__qualname__ = f"quantize_{even}_{odd}_{window}"
-    return numba.njit(parallel=True, cache=True, boundscheck=False)(quantize)
+    stream.__name__ = stream.__qualname__ = f"stream_{even}_{odd}_{window}"
+    return cast(Callable[..., None], numba.njit(cache=True, nogil=True, boundscheck=False)(stream))
+
+
+def quantize(
+    columns: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    feedback: NDArray[np.float32],
+    table: NDArray[np.float32],
+    pattern: tuple[int, int],
+    tile: int,
+    seam: int,
+    threads: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """Quantize a chunk: codes uint8 [width, rows], decoded weights [width, rows], errors (w - q) / U_ii [width, rows].
+
+    columns: float32 [width, rows], overwritten by the compensated weights; scales: [rows]; weights: [rows], importance
+    of each row's squared error; feedback: upper triangular U [width, width] with H^-1 = U^T U (GPTQ, arXiv 2210.17323);
+    table: [2^L], the values of the states; pattern: bits (1..4) of codes at even and odd rows, both of which fit into a
+    state together; tile: rows per stream; seam: even number of rows on either side of a stream's seam that tell the
+    state there; threads: most streams that are searched at once.
+    """
+    even, odd = pattern
+    rows, states = columns.shape[1], len(table)
+    # the table as `_stage` goes through it: t, the oldest bits at the next place, first
+    after_even = np.ascontiguousarray(table.reshape(states >> odd, 1 << odd).T).reshape(states)
+    after_odd = np.ascontiguousarray(table.reshape(states >> even, 1 << even).T).reshape(states)
+    codes = np.empty(columns.shape, np.uint8)
+    decoded, errors = np.empty_like(columns), np.empty_like(columns)
+    stream = _compiled(even, odd, states.bit_length() - 1)
+
+    def search(start: int) -> None:
+        stop = min(rows, start + tile)
+        stream(
+            columns, scales, weights, feedback, table, after_even, after_odd, seam, start, stop, codes, decoded, errors
+        )
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(search, range(0, rows, tile)))
+    return codes, decoded, errors
