@@ -346,15 +346,20 @@ def test_what_another_sender_has_begun_is_not_sent_twice(monkeypatch: pytest.Mon
     assert len(history) == 3
 
 
-def test_a_journal_of_another_version_holds_up_nothing() -> None:
+def test_a_journal_of_another_version_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment()
     folder = Path("logs/tracking")
-    folder.mkdir(parents=True, exist_ok=True)
+    eventually(lambda: not journal.has_sender(folder))
+    # The sender comes after the step here. As a thread it would write tracebacks while the step reads its own source,
+    # and Python 3.11 parses both with one counter of depth: "AST constructor recursion depth mismatch".
+    monkeypatch.setattr(tracking, "start_sender", lambda folder: False)
+    monkeypatch.setattr(tracking, "PATIENCE", 0.0)
     (folder / "0-old.jsonl").write_text('{"kind": "start", "uri": "sqlite:///mlflow.db"}\n')
     (folder / "0-empty.jsonl").write_text("")
     main(write)
+    sender.main([])
     assert len(children()) == 1
-    eventually(lambda: len(list(folder.glob("*.unreadable"))) == 2)
+    assert len(list(folder.glob("*.unreadable"))) == 2
 
 
 def test_an_experiment_of_an_older_version_goes_on() -> None:

@@ -21,7 +21,7 @@ from tests.workflow.conftest import BITS, GREEDY, MODEL, RESULT, Snakemake
 from windquant import manifest
 
 T = TypeVar("T")
-KILLS = int(os.environ.get("WINDQUANT_KILLS", "5"))
+KILLS = int(os.environ.get("WINDQUANT_KILLS", "3"))
 #: What differs between two runs of the same thing, in the result and nowhere else.
 MEASURED = ("seconds", "peak_memory_bytes", "mlflow_run_id")
 ARTIFACTS = [
