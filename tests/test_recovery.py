@@ -1,25 +1,19 @@
 """Recovery: what is trained, what is stored, and that the step never makes a checkpoint worse."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from tests.checkpoint.making import Made, make
+from tests.checkpoint.making import make
 from tests.families import Prepared, in_float32, prepare, run, uniform
 from windquant import calibration, checkpoint, compute, models, quantize, recovery, step, training
 from windquant.checkpoint.linear import PackedLinear
-from windquant.divergence import divergence, kl_divergence
-from windquant.gains import GainLinear, regain, stored_gain
+from windquant.divergence import divergence
 from windquant.manifest import Manifest
-from windquant.packed import dequantize
 from windquant.presets import recovery_steps
 from windquant.recovery import learned_from, trainable
-from windquant.tuning import Tuning, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +44,6 @@ def recover(prepared: Prepared, packed: Path, output: Path, **settings: Any) -> 
     step.main("recovery", recovery.run, recovery.Settings, names, argv=[*inputs, "--output", str(output), *flags])
     return output
 
-
-# -- the step
 
 FAST = {"steps": 30, "gain_rate": 0.15, "norm_rate": 0.05}  # a tiny model takes large steps
 
@@ -193,150 +185,6 @@ def test_a_training_checkpoint_of_other_settings_is_not_used(
     assert seen == [0, 1, 2] * 2
 
 
-def test_a_damaged_training_checkpoint_starts_over(tmp_path: Path) -> None:
-    (tmp_path / "state.safetensors").write_bytes(b"\xff" * 100)
-    value = torch.nn.Parameter(torch.ones(2))
-    found = training.Training(Tuning(10, 0.1, 0.1, 1), {}, {"a": value}, tmp_path)
-    assert (found.curve, found.lowest) == ([], math.inf)
-    assert value.tolist() == [1, 1]
-
-
-def test_an_interrupted_training_knows_its_best_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAVE_EVERY", 4)
-    monkeypatch.setattr(training, "RECENT", 2)
-    losses = [3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.4, 1.4, 1.3, 1.3]
-
-    def trained(folder: Path, *until: int) -> training.Training:
-        folder.mkdir()
-        for steps in until:
-            value = torch.nn.Parameter(torch.ones(2))
-            found = training.Training(Tuning(10, 0.1, 0.1, 1), {}, {"a": value}, folder)
-            while len(found.curve) < steps:
-                found.begin()
-                value.grad = value.detach().clone()
-                found.step(losses[len(found.curve)])
-        return found
-
-    whole, parts = trained(tmp_path / "whole", 10), trained(tmp_path / "parts", 9, 10)
-    for one in (whole, parts):
-        assert one.curve == losses
-        assert one.lowest == 1.0
-        assert not one.diverges(1.5)
-        assert one.diverges(1.8)
-        assert one.diverges(math.nan)
-        last = one.parameters["norm:a"].clone()
-        one.restore_best()
-        assert (one.parameters["norm:a"] > last).all(), "the state before the fifth step"
-    assert torch.equal(whole.parameters["norm:a"], parts.parameters["norm:a"])
-
-
-# -- what is trained
-
-
-@pytest.fixture(scope="module")
-def biased(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A Qwen2 (biases) with protected columns, skipped chunks and narrow last ones."""
-    folder = tmp_path_factory.mktemp("biased")
-    return make(folder / "packed", folder / "original", "qwen2", 0.05, ["scalar-2", "skip", "scalar-1.5"])
-
-
-def linears(made: Made) -> dict[str, tuple[PackedLinear, GainLinear]]:
-    model = models.load(made.folder)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    return {name: (module, GainLinear.of(module, torch.float32)) for name, module in found.items()}
-
-
-def some_gain(made: Made, name: str) -> Tensor:
-    """Log-gains that can be stored: whole steps that leave no code's range; zero for chunks without scales."""
-    layout, tensors = made.layouts[name], made.tensors[name]
-    generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(-20, 21, (layout.linear.rows, len(layout.widths)), generator=generator)
-    wanted = steps * tensors["scale_grid"][1].float() * torch.log(torch.tensor(2.0))
-    return stored_gain(layout, tensors, regain(layout, tensors, wanted))
-
-
-def test_gains_are_stored_in_the_scales(biased: Made) -> None:
-    skipped = 0
-    for name, layout in biased.layouts.items():
-        tensors, gain = biased.tensors[name], some_gain(biased, name)
-        after = regain(layout, tensors, gain)
-        assert {key for key in after if not torch.equal(after[key], tensors[key])} == {"scales"}
-        torch.testing.assert_close(stored_gain(layout, tensors, after), gain)
-        assert gain.abs().max() > 0.1
-        for chunk, action in enumerate(layout.names):
-            if action == "skip":
-                skipped += 1
-                assert (gain[:, chunk] == 0).all()
-        again = regain(layout, after, torch.zeros_like(gain))
-        assert torch.equal(again["scales"], after["scales"])
-    assert skipped > 0
-
-
-def test_stored_gains_are_the_nearest_ones(biased: Made) -> None:
-    name = next(iter(biased.layouts))
-    layout, tensors = biased.layouts[name], biased.tensors[name]
-    grid = tensors["scale_grid"][1].float() * torch.log(torch.tensor(2.0))
-    chunk = layout.names.index("scalar-2")
-    wanted = torch.zeros(layout.linear.rows, len(layout.widths))
-    wanted[:, chunk] = (torch.rand(layout.linear.rows, generator=torch.Generator().manual_seed(0)) - 0.5) * 4 * grid
-    stored = stored_gain(layout, tensors, regain(layout, tensors, wanted))
-    off = (stored - wanted).abs()[:, chunk]
-    assert (off <= 0.501 * grid).float().mean() > 0.8, "all but those at the ends of the codes' range"
-    assert ((stored[:, chunk] / grid).round() * grid - stored[:, chunk]).abs().max() < 1e-5
-
-
-def test_a_gain_linear_is_the_packed_one(biased: Made) -> None:
-    """With gains of zero and, with gains that can be stored, as it will be stored; biases included."""
-    for name, (packed, tuned) in linears(biased).items():
-        layout = biased.layouts[name]
-        x = torch.randn(2, 5, layout.linear.columns, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(tuned(x), packed(x), rtol=1e-4, atol=1e-4)
-        gain = some_gain(biased, name)
-        tuned.gain.data.copy_(gain)
-        order = packed.get_buffer("column_order")
-        stored = dequantize(layout, regain(layout, biased.tensors[name], gain), order)
-        torch.testing.assert_close(tuned(x), F.linear(x, stored, packed.bias), rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(tuned(x), packed(x), rtol=1e-2, atol=1e-2)
-
-
-def test_rounding_computes_with_what_will_be_stored(biased: Made) -> None:
-    """And its gradients are those at the stored gains: they pass straight through."""
-    for name, (packed, tuned) in linears(biased).items():
-        layout, tensors = biased.layouts[name], biased.tensors[name]
-        x = torch.randn(2, 5, layout.linear.columns, generator=torch.Generator().manual_seed(0))
-        wanted = torch.randn(layout.linear.rows, len(layout.widths), generator=torch.Generator().manual_seed(1))
-        gradients = []
-        for gain, rounding in ((wanted, True), (stored_gain(layout, tensors, regain(layout, tensors, wanted)), False)):
-            tuned.gain.data.copy_(gain)
-            tuned.rounding = rounding
-            tuned.gain.grad = None
-            tuned(x).square().sum().backward()
-            gradients.append(tuned.gain.grad)
-            stored = dequantize(layout, regain(layout, tensors, wanted), packed.get_buffer("column_order"))
-            torch.testing.assert_close(tuned(x), F.linear(x, stored, packed.bias), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
-
-
-def test_gradients_are_those_of_the_formula(biased: Made) -> None:
-    for name, (packed, tuned) in linears(biased).items():
-        layout, order = biased.layouts[name], packed.get_buffer("column_order")
-        x = torch.randn(7, layout.linear.columns, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        target = torch.randn(7, layout.linear.rows, generator=torch.Generator().manual_seed(1))
-        tuned.gain.data.copy_(0.1 * torch.randn(tuned.gain.shape, generator=torch.Generator().manual_seed(2)))
-        found = torch.autograd.grad((tuned(x) * target).sum(), [tuned.gain, x])
-
-        gain = tuned.gain.detach().clone().requires_grad_(True)
-        has_scale = torch.tensor([entry.has_scale for entry in layout.actions])
-        by_column = (gain * has_scale).repeat_interleave(torch.tensor(layout.widths), 1)
-        by_column = F.pad(by_column, (layout.protected, 0))[:, order.argsort()]
-        expected = torch.autograd.grad(
-            (F.linear(x, packed.weight * by_column.exp(), packed.bias) * target).sum(), [gain, x]
-        )
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-        assert (found[0][:, ~has_scale] == 0).all()
-
-
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
 def test_every_norm_and_every_gain_is_trained_and_nothing_else(tmp_path: Path, family: str) -> None:
     made = make(tmp_path / "packed", tmp_path / "original", family, 0.0, ["scalar-2"])
@@ -350,37 +198,6 @@ def test_every_norm_and_every_gain_is_trained_and_nothing_else(tmp_path: Path, f
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == set(norms) | {f"{name}.gain" for name in gains}
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
-
-
-# -- the loss and the schedule
-
-
-def test_kl_divergence() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(2, 3, 11, generator=generator) for _ in range(2))
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    expected = (p * (p / q).log()).sum(-1).mean()
-    assert kl_divergence(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert kl_divergence(teacher, teacher + 3).item() == pytest.approx(0, abs=1e-6)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_kl_divergence_has_the_gradient_of_autograd(dtype: torch.dtype, tolerance: float) -> None:
-    generator = torch.Generator().manual_seed(1)
-    student, teacher = (torch.randn(2, 3, 11, generator=generator).to(dtype) for _ in range(2))
-    gradients = []
-    for divergence_of in (kl_divergence, by_autograd):
-        given = student.clone().requires_grad_(True)
-        (3 * divergence_of(given, teacher)).backward()
-        assert given.grad is not None
-        gradients.append(given.grad)
-    assert gradients[0].dtype == dtype
-    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
-
-
-def by_autograd(student: Tensor, teacher: Tensor) -> Tensor:
-    q, p = (logits.float().flatten(0, -2).log_softmax(-1) for logits in (student, teacher))
-    return (p.exp() * (p - q)).sum(-1).mean()
 
 
 def test_divergence_is_the_mean_over_all_windows(prepared: Prepared, packed: Path) -> None:
@@ -420,13 +237,3 @@ def test_presets_say_how_many_steps(prepared: Prepared, packed: Path, tmp_path: 
     assert recovery_steps("full", 0) == 0
     made = recover(prepared, packed, tmp_path / "made", preset="standard", steps=3)
     assert len(Manifest.load(made).notes["curve"]) == 3
-
-
-def test_schedule_warms_up_and_falls_to_zero() -> None:
-    rates = [schedule(index, 100, 5) for index in range(100)]
-    assert rates[:5] == sorted(rates[:5])
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert 0 < rates[-1] < 0.001
-    assert max(rates) > 0.99
-    assert schedule(0, 1, 0) == 1
