@@ -11,6 +11,7 @@ from typing import Any
 
 from windquant import memory, presets, processor
 from windquant.memory import GIB
+from windquant.processor import Processor
 from windquant.shape import Shape
 
 Settings = Mapping[str, Mapping[str, Any]]  # by section of the configuration
@@ -35,27 +36,30 @@ class Machine:
     computing: int = 2  # bytes of a number where plans are measured
 
 
-def cpu(cores: int, fast_bfloat16: bool | None = None) -> Machine:
-    """Measured on two cores of an EPYC or, without fast BF16 products, of a Xeon at 2.3 GHz (docs/performance.md), in
-    proportion to the cores.
+#: What two cores do a second, fitted to main jobs (docs/performance.md): operations of FP32 products, of those that may
+#: be BF16, and weights searched. By how the processor multiplies: BF16 faster than FP32 (an EPYC of the fourth
+#: generation), vectors of 512 bits (a Xeon at 2.3 GHz) or of 256 (an EPYC of the third generation at 2.45 GHz).
+RATES = {"bfloat16": (280e9, 720e9, 3.5e6), "wide": (215e9, 215e9, 3.5e6), "narrow": (62e9, 62e9, 1.7e6)}
 
-    fast_bfloat16: whether its BF16 products are faster than FP32 ones; none: as this machine's.
-    """
+
+def cpu(cores: int, found: Processor | None = None) -> Machine:
+    """RATES in proportion to the cores. found: the processor; none: this machine's."""
     share = cores / 2
-    if fast_bfloat16 is None:
-        fast_bfloat16 = processor.this().fast_bfloat16
+    found = found or processor.this()
+    kind = "bfloat16" if found.fast_bfloat16 else "wide" if "avx512f" in found.flags else "narrow"
+    products, fast, search = RATES[kind]
     return Machine(
         name=f"{cores} cores",
-        products=(280e9 if fast_bfloat16 else 215e9) * share,
-        fast=(720e9 if fast_bfloat16 else 215e9) * share,
+        products=products * share,
+        fast=fast * share,
         solves=60e9 * share,
-        search=3.5e6 * share,
+        search=search * share,
         decode=60e6 * share,
         read=1e9,
         start=4.0,
         memory=0.55 * GIB,
         room=memory.total(),
-        computing=2 if fast_bfloat16 else 4,
+        computing=2 if found.fast_bfloat16 else 4,
     )
 
 
