@@ -81,7 +81,8 @@ def runs(server: Server, *models: str) -> list[Run]:
 
 def test_eight_experiments_at_once(server: Server, tmp_path: Path) -> None:
     names = [f"at-once-{index}" for index in range(8)]
-    processes = [worker(tmp_path / name, name, MLFLOW_TRACKING_URI=server.uri) for name in names]
+    slow = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}  # on few cores one server answers eight of them late
+    processes = [worker(tmp_path / name, name, MLFLOW_TRACKING_URI=server.uri, **slow) for name in names]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert errors == [""] * 8
     complete(runs(server, *names), names)
