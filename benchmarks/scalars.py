@@ -1,6 +1,6 @@
 """What each part of a scalar quantizer is worth at equal effective bits: an ablation on real decoder layers.
 
-    python -m benchmarks.scalars                        # after `make run`; ten minutes of one core
+    python -m benchmarks.scalars                        # after `make run`; half an hour of one core
     python -m benchmarks.scalars --layers 1 --bits 2
 
 All linears of some layers are quantized with one width everywhere, and their errors e are judged on the reward split,
