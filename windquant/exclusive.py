@@ -24,7 +24,7 @@ RUNNING = Path(".cache") / "running"  # a file for every step that runs, locked 
 #: Calls of Snakemake that only look.
 LOOKING = re.compile(
     r"-[a-zA-Z]*n[a-zA-Z]*|--dry-?run|--lint|-[lSD]|--list\b.*|--(detailed-)?summary|--(dag|rulegraph|filegraph|d3dag)"
-    r"|--report(er)?(=.*)?|--unlock|--containerize|--generate-.*"
+    r"|--report(er)?(=.*)?|--unlock|--cleanup-metadata|--containerize|--generate-.*"
 )
 _held: list[IO[str]] = []  # open for the life of the process
 

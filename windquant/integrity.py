@@ -7,6 +7,7 @@ large model, so what has been checked is remembered with sizes and times, and on
 """
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import json
@@ -22,11 +23,14 @@ FOLDERS = ("resources", "data", "results")
 MEMORY = Path(".cache") / "integrity"
 ENDING = ".manifest.json"
 DAMAGED = ".damaged"  # what a damaged artifact is called from then on
+UNFINISHED = Path(".snakemake") / "incomplete"  # Snakemake's marks: a file for every output that a job is making
 
 
 def check(set_aside: bool = True, everything: bool = False) -> list[Path]:
     """The damaged artifacts of the project, each with a line on stderr. `everything` trusts no memory."""
     damaged = []
+    if set_aside:
+        remove_unfinished()
     for artifact in artifacts():
         problem = examine(artifact, everything)
         if problem:
@@ -101,6 +105,23 @@ def put_aside(artifact: Path) -> None:
     artifact.rename(aside)
     atomic.manifest_path(artifact).unlink(missing_ok=True)
     forget(artifact)
+
+
+def remove_unfinished() -> None:
+    """Remove the outputs that a killed Snakemake was having made, and its marks of them.
+
+    Snakemake makes them anew by itself (`rerun-incomplete`). But if such an output is there, and all that needs it
+    takes it as `ancient`, like the file of an experiment, Snakemake 9.27 makes nothing else, and calls that success.
+    """
+    for mark in sorted(path for path in UNFINISHED.rglob("*") if path.is_file()):
+        parts = mark.relative_to(UNFINISHED).parts  # of a long name, all but the last begin with @
+        try:
+            output = Path(base64.urlsafe_b64decode("".join(part.removeprefix("@") for part in parts)).decode())
+        except ValueError:
+            continue
+        if output.parts and output.parts[0] in FOLDERS and ".." not in output.parts:
+            atomic.remove(output)
+            mark.unlink()
 
 
 def fingerprint(artifact: Path) -> str:

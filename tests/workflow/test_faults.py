@@ -3,6 +3,7 @@
 WINDQUANT_KILLS=50 asks for more kills than CI's minutes allow.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -110,6 +111,19 @@ def test_killed_at_random_moments(
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert {run.info.status for run in runs(folder)} <= {"FINISHED", "KILLED"}
+
+
+def test_killed_before_snakemake_knew_that_a_step_is_done(tiny_clone: Callable[[], Path], snakemake: Snakemake) -> None:
+    """All that needs an experiment takes it as `ancient`: Snakemake alone would make it again, and nothing else."""
+    folder, experiment = tiny_clone(), f"data/experiments/{MODEL}.json"
+    assert snakemake(folder, experiment).returncode == 0
+    for name in (experiment, f"{experiment}.manifest.json"):
+        identity = base64.urlsafe_b64encode(name.encode()).decode()
+        (folder / ".snakemake/metadata" / identity).rename(folder / ".snakemake/incomplete" / identity)
+    done = snakemake(folder, ARTIFACTS[0])
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (folder / ARTIFACTS[0]).exists()
+    assert not list((folder / ".snakemake/incomplete").iterdir())
 
 
 def test_two_at_once_and_a_step_that_outlives_its_workflow(
