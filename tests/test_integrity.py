@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from snakemake.persistence import MetadataRecord
 from snakemake.persistence.file import FilePersistence
 
 from windquant import integrity
@@ -41,6 +42,15 @@ def test_unfinished_outputs_and_their_marks_are_removed() -> None:
     assert not unfinished.exists()
     assert not checkpoint.exists()
     assert snakemake._filter_incomplete_keys(outputs) == set()
+
+
+def test_of_experiments_snakemake_keeps_no_record() -> None:
+    snakemake = FilePersistence()
+    names = ["data/experiments/a.json", "data/experiments/a.json.manifest.json", "data/plans/a.json"]
+    for name in names:
+        snakemake._write_record(name, MetadataRecord())
+    integrity.check()
+    assert [snakemake._read_record(name) is not None for name in names] == [False, False, True]
 
 
 def test_what_is_not_an_artifact_stays() -> None:

@@ -23,14 +23,16 @@ FOLDERS = ("resources", "data", "results")
 MEMORY = Path(".cache") / "integrity"
 ENDING = ".manifest.json"
 DAMAGED = ".damaged"  # what a damaged artifact is called from then on
-UNFINISHED = Path(".snakemake") / "incomplete"  # Snakemake's marks: a file for every output that a job is making
+EXPERIMENTS = Path("data") / "experiments"
+#: Snakemake's records: a mark for every output that a job is making; what has made it, for every finished one.
+UNFINISHED, FINISHED = Path(".snakemake") / "incomplete", Path(".snakemake") / "metadata"
 
 
 def check(set_aside: bool = True, everything: bool = False) -> list[Path]:
     """The damaged artifacts of the project, each with a line on stderr. `everything` trusts no memory."""
     damaged = []
     if set_aside:
-        remove_unfinished()
+        clear_records()
     for artifact in artifacts():
         problem = examine(artifact, everything)
         if problem:
@@ -107,21 +109,30 @@ def put_aside(artifact: Path) -> None:
     forget(artifact)
 
 
-def remove_unfinished() -> None:
-    """Remove the outputs that a killed Snakemake was having made, and its marks of them.
+def clear_records() -> None:
+    """Take out of Snakemake's records what would hide steps from it.
 
-    Snakemake makes them anew by itself (`rerun-incomplete`). But if such an output is there, and all that needs it
-    takes it as `ancient`, like the file of an experiment, Snakemake 9.27 makes nothing else, and calls that success.
+    Where a step has a reason of its own to run again, Snakemake 9.27 does not look at the steps that follow it, and
+    runs none of those that take its output as `ancient` if that is there: it makes nothing else and calls that
+    success. All of a plan's steps take its experiment so. Hence
+    - outputs that a killed Snakemake was having made go, with their marks (`rerun-incomplete` would remove them too);
+    - experiments, which are made once and never again, have no record of the rule that has made them.
     """
-    for mark in sorted(path for path in UNFINISHED.rglob("*") if path.is_file()):
-        parts = mark.relative_to(UNFINISHED).parts  # of a long name, all but the last begin with @
-        try:
-            output = Path(base64.urlsafe_b64decode("".join(part.removeprefix("@") for part in parts)).decode())
-        except ValueError:
-            continue
+    for mark, output in _records(UNFINISHED):
         if output.parts and output.parts[0] in FOLDERS and ".." not in output.parts:
             atomic.remove(output)
             mark.unlink()
+    for record, output in _records(FINISHED):
+        if output.parent == EXPERIMENTS:
+            record.unlink()
+
+
+def _records(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Snakemake's record of every output, named by the output's name in base64; a long one is cut into folders."""
+    for record in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = "".join(part.removeprefix("@") for part in record.relative_to(folder).parts)
+        with contextlib.suppress(ValueError):  # not a record
+            yield record, Path(base64.urlsafe_b64decode(name).decode())
 
 
 def fingerprint(artifact: Path) -> str:

@@ -113,17 +113,24 @@ def test_killed_at_random_moments(
     assert {run.info.status for run in runs(folder)} <= {"FINISHED", "KILLED"}
 
 
-def test_killed_before_snakemake_knew_that_a_step_is_done(tiny_clone: Callable[[], Path], snakemake: Snakemake) -> None:
+def test_an_experiment_that_would_be_made_again_hides_no_other_step(
+    tiny_clone: Callable[[], Path], snakemake: Snakemake
+) -> None:
     """All that needs an experiment takes it as `ancient`: Snakemake alone would make it again, and nothing else."""
     folder, experiment = tiny_clone(), f"data/experiments/{MODEL}.json"
     assert snakemake(folder, experiment).returncode == 0
-    for name in (experiment, f"{experiment}.manifest.json"):
+    for name in (experiment, f"{experiment}.manifest.json"):  # killed before Snakemake knew that it is made
         identity = base64.urlsafe_b64encode(name.encode()).decode()
         (folder / ".snakemake/metadata" / identity).rename(folder / ".snakemake/incomplete" / identity)
     done = snakemake(folder, ARTIFACTS[0])
     assert done.returncode == 0, done.stdout[-2000:]
     assert (folder / ARTIFACTS[0]).exists()
     assert not list((folder / ".snakemake/incomplete").iterdir())
+    rule = folder / "workflow/rules/experiment.smk"  # a new version with another text of the rule
+    rule.write_text(rule.read_text().replace("windquant.tracking --model", "windquant.tracking  --model"))
+    done = snakemake(folder, ARTIFACTS[1])
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (folder / ARTIFACTS[1]).exists()
 
 
 def test_two_at_once_and_a_step_that_outlives_its_workflow(
