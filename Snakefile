@@ -29,11 +29,13 @@ wildcard_constraints:
 include: "workflow/rules/common.smk"
 
 
-# One run at a time, and what has been damaged since it was made goes out of its way.
+# One run at a time. What a killed or failed run has left, and what has been damaged since it was made, goes out of its way.
 if workflow.is_main_process:
-    from windquant import exclusive, integrity
+    from windquant import exclusive, integrity, provenance
 
-    integrity.check(set_aside=one_line(exclusive.claim)(sys.argv[1:]))
+    alone = one_line(exclusive.claim)(sys.argv[1:])
+    provenance.mend(alone)
+    integrity.check(set_aside=alone)
 
 
 include: "workflow/rules/experiment.smk"

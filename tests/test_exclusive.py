@@ -1,5 +1,6 @@
 """One workflow at a time, and nothing that the dead hold. (tests/workflow/test_faults.py does it with Snakemake.)"""
 
+import errno
 import json
 import os
 import signal
@@ -84,6 +85,12 @@ def test_a_step_by_hand_leaves_nothing() -> None:
         "--report x.html",
         "--report=x.html --cores 1",
         "-n --report --report-after-run",
+        "-nc1 x",
+        "-npj4 x",
+        "--dag=mermaid-js x",
+        "--rulegraph=dot x",
+        "--list-changes code",
+        "--cleanup-metadata x",
     ],
 )
 def test_calls_that_look(call: str) -> None:
@@ -98,9 +105,19 @@ def test_calls_that_look(call: str) -> None:
         "-j4",
         "results/-n-.json --cores all",
         "--until bank -c1",
+        "-Rbank -c1 x",
+        "-Uquantize -c1 x",
         "--report --report-after-run -c1",
         "--report-after-run --report=x.html -c1 x",
     ],
 )
 def test_calls_that_work(call: str) -> None:
     assert exclusive.claim(call.split()) is True
+
+
+def test_without_locks_nobody_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(exclusive.fcntl, "flock", refuse)
+    assert exclusive.claim(["--cores", "1"]) is False

@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -21,22 +20,22 @@ from windquant.errors import WindquantError
 LOCK = Path(".snakemake") / "windquant.lock"
 SNAKEMAKE_LOCKS = Path(".snakemake") / "locks"
 RUNNING = Path(".cache") / "running"  # a file for every step that runs, locked as long as it does
-#: Calls of Snakemake that only look.
-LOOKING = re.compile(
-    r"-[a-zA-Z]*n[a-zA-Z]*|--dry-?run|--lint|-[lSD]|--list\b.*|--(detailed-)?summary|--(dag|rulegraph|filegraph|d3dag)"
-    r"|--report(er)?(=.*)?|--unlock|--cleanup-metadata|--containerize|--generate-.*"
-)
+#: Options of Snakemake that make it look and change nothing, by their names in its own parser.
+LOOKING = {
+    *("dryrun", "lint", "summary", "detailed_summary", "dag", "rulegraph", "filegraph", "d3dag", "report", "reporter"),
+    *("list_rules", "list_target_rules", "list_changes", "list_input_changes", "list_params_changes", "list_untracked"),
+    *("list_conda_envs", "unlock", "cleanup_metadata", "containerize", "generate_unit_tests", "print_compilation"),
+}
 _held: list[IO[str]] = []  # open for the life of the process
 
 
 def claim(arguments: Sequence[str]) -> bool:
     """Make this process the folder's only workflow; False for a call of Snakemake that only looks.
 
+    False, too, where the file system has no locks: whether another workflow runs is then for Snakemake's own to tell.
     Raises WindquantError with the process that has it, a workflow or a step that outlived its own.
     """
-    if "--report-after-run" in arguments:  # the report that is asked for comes after the work
-        arguments = [argument for argument in arguments if not argument.startswith("--report")]
-    if any(LOOKING.fullmatch(argument) for argument in arguments):
+    if _looks(arguments):
         return False
     for folder in (".", ".snakemake", ".cache", "logs", "resources", "data", "results"):
         if Path(folder).exists() and not os.access(folder, os.W_OK):
@@ -45,8 +44,8 @@ def claim(arguments: Sequence[str]) -> bool:
     file = LOCK.open("a+")
     try:
         mine = _lock(file)
-    except OSError:  # a file system without locks: Snakemake's own must do
-        return True
+    except OSError:
+        return False
     if not mine:
         raise WindquantError(f"another snakemake works in {Path.cwd()}: {_holder(file)}")
     for path in RUNNING.glob("*.json"):
@@ -73,6 +72,17 @@ def running(what: str) -> Iterator[None]:
                 stack.callback(path.unlink, missing_ok=True)
                 _write(file, what)
         yield
+
+
+def _looks(arguments: Sequence[str]) -> bool:
+    from snakemake.cli import get_argument_parser
+
+    parser = get_argument_parser()
+    given, _ = parser.parse_known_args(list(arguments))
+    asked = {name for name in LOOKING if getattr(given, name) != parser.get_default(name)}
+    if given.report_after_run:  # the report that is asked for comes after the work
+        asked -= {"report", "reporter"}
+    return bool(asked)
 
 
 def _lock(file: IO[str]) -> bool:

@@ -7,10 +7,10 @@ large model, so what has been checked is remembered with sizes and times, and on
 """
 
 import argparse
-import base64
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,24 +23,26 @@ FOLDERS = ("resources", "data", "results")
 MEMORY = Path(".cache") / "integrity"
 ENDING = ".manifest.json"
 DAMAGED = ".damaged"  # what a damaged artifact is called from then on
-EXPERIMENTS = Path("data") / "experiments"
-#: Snakemake's records: a mark for every output that a job is making; what has made it, for every finished one.
-UNFINISHED, FINISHED = Path(".snakemake") / "incomplete", Path(".snakemake") / "metadata"
 
 
 def check(set_aside: bool = True, everything: bool = False) -> list[Path]:
-    """The damaged artifacts of the project, each with a line on stderr. `everything` trusts no memory."""
+    """The damaged artifacts of the project, each with a line on stderr. `everything` trusts no memory.
+
+    A model whose links lead to files that are not there now (a disk, a cache of the Hub) is named, and stays.
+    """
     damaged = []
-    if set_aside:
-        clear_records()
     for artifact in artifacts():
+        lost = next((path for path in artifact.rglob("*") if path.is_symlink() and not path.exists()), None)
+        if lost:
+            print(f"warning: {lost}: leads to {lost.readlink()}, which is not there", file=sys.stderr, flush=True)
+            continue
         problem = examine(artifact, everything)
         if problem:
             damaged.append(artifact)
-            what = "the next run makes it anew"
+            what = "the next run sets it aside"
             if set_aside:
                 put_aside(artifact)
-                what = f"set aside as {artifact.name}{DAMAGED} and made anew"
+                what = f"set aside as {artifact.name}{DAMAGED}, and made anew where it is needed"
             print(f"warning: {artifact}: {problem}; {what}", file=sys.stderr, flush=True)
     return damaged
 
@@ -58,10 +60,11 @@ def main(arguments: list[str]) -> None:
 
 
 def artifacts() -> Iterator[Path]:
-    """Everything that has a manifest, in order."""
-    for folder in FOLDERS:
-        for path in sorted(Path(folder).rglob(f"*{ENDING}")):
-            yield path.with_name(path.name.removesuffix(ENDING))
+    """Everything that has a manifest, in order; a folder of artifacts may be a link to another disk."""
+    for top in FOLDERS:
+        for folder, folders, names in os.walk(top, followlinks=True):
+            folders.sort()
+            yield from (Path(folder, name.removesuffix(ENDING)) for name in sorted(names) if name.endswith(ENDING))
 
 
 def examine(artifact: Path, everything: bool = False) -> str | None:
@@ -107,32 +110,6 @@ def put_aside(artifact: Path) -> None:
     artifact.rename(aside)
     atomic.manifest_path(artifact).unlink(missing_ok=True)
     forget(artifact)
-
-
-def clear_records() -> None:
-    """Take out of Snakemake's records what would hide steps from it.
-
-    Where a step has a reason of its own to run again, Snakemake 9.27 does not look at the steps that follow it, and
-    runs none of those that take its output as `ancient` if that is there: it makes nothing else and calls that
-    success. All of a plan's steps take its experiment so. Hence
-    - outputs that a killed Snakemake was having made go, with their marks (`rerun-incomplete` would remove them too);
-    - experiments, which are made once and never again, have no record of the rule that has made them.
-    """
-    for mark, output in _records(UNFINISHED):
-        if output.parts and output.parts[0] in FOLDERS and ".." not in output.parts:
-            atomic.remove(output)
-            mark.unlink()
-    for record, output in _records(FINISHED):
-        if output.parent == EXPERIMENTS:
-            record.unlink()
-
-
-def _records(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Snakemake's record of every output, named by the output's name in base64; a long one is cut into folders."""
-    for record in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = "".join(part.removeprefix("@") for part in record.relative_to(folder).parts)
-        with contextlib.suppress(ValueError):  # not a record
-            yield record, Path(base64.urlsafe_b64decode(name).decode())
 
 
 def fingerprint(artifact: Path) -> str:

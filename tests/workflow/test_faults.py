@@ -133,6 +133,24 @@ def test_an_experiment_that_would_be_made_again_hides_no_other_step(
     assert (folder / ARTIFACTS[1]).exists()
 
 
+def test_a_step_that_failed_is_made_again(tiny_clone: Callable[[], Path], snakemake: Snakemake) -> None:
+    """Snakemake alone takes the attempt for a success: what was made from the last one would stay as it is."""
+    folder = tiny_clone()
+    assert snakemake(folder, ARTIFACTS[1]).returncode == 0
+    before = (folder / f"{ARTIFACTS[1]}.manifest.json").read_text()
+    module = folder / "windquant/models.py"  # a new version, which fails for a reason outside of it
+    begin = "\nimport os\nif os.path.exists('full'):\n    raise SystemExit('the disk is full')\nimport "
+    module.write_text(module.read_text().replace("\nimport ", begin, 1))
+    (folder / "full").touch()
+    assert snakemake(folder, ARTIFACTS[1]).returncode == 1
+    assert not (folder / ARTIFACTS[0]).exists()
+    (folder / "full").unlink()
+    done = snakemake(folder, ARTIFACTS[1])
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (folder / ARTIFACTS[0]).exists()
+    assert (folder / f"{ARTIFACTS[1]}.manifest.json").read_text() != before
+
+
 def test_two_at_once_and_a_step_that_outlives_its_workflow(
     tiny_clone: Callable[[], Path], snakemake: Snakemake
 ) -> None:

@@ -6,6 +6,7 @@ inputs that it wrote down when it made it are still those of the workflow. It ke
 """
 
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -34,14 +35,18 @@ def read(root: Path) -> dict[str, Record]:
 
 
 def _all(root: Path) -> Iterator[tuple[str, Record]]:
-    for path in (root / METADATA).rglob("*"):
-        name = path.relative_to(root / METADATA)
-        if path.is_file() and not (root / INCOMPLETE / name).exists():
-            text = "".join(part.removeprefix("@") for part in name.parts)
-            try:
-                yield base64.urlsafe_b64decode(text).decode(), json.loads(path.read_text())
-            except ValueError:  # half a record of a killed process: Snakemake ignores it too
-                continue
+    for path, artifact in named(root / METADATA):
+        if not (root / INCOMPLETE / path.relative_to(root / METADATA)).exists():
+            with contextlib.suppress(ValueError):  # half a record of a killed process: Snakemake ignores it too
+                yield artifact, json.loads(path.read_text())
+
+
+def named(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The files of one of Snakemake's folders, and the artifact that each is about."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        text = "".join(part.removeprefix("@") for part in path.relative_to(folder).parts)
+        with contextlib.suppress(ValueError):  # not Snakemake's
+            yield path, base64.urlsafe_b64decode(text).decode()
 
 
 def write(root: Path, records: dict[str, Record]) -> None:
