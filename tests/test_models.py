@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from windquant import models, sources, step
 from windquant.errors import WindquantError
@@ -135,6 +135,16 @@ def test_model_without_linears_is_refused(copy: Path) -> None:
     for function in (models.load, models.check_folder):
         with pytest.raises(WindquantError, match=r"nn\.Linear"):
             function(copy)
+
+
+def test_a_mixture_whose_experts_would_stay_as_they_are_is_refused(copy: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(copy)
+    with pytest.raises(WindquantError, match=r"layers\.0\.mlp\.experts\.\w+ and its like hold \d\d% of"):
+        models.check_folder(copy)
 
 
 def test_remote_code_is_never_run(copy: Path) -> None:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from windquant.errors import WindquantError
 from windquant.units import Linear
 
+#: Share of the decoder layers' weights that must be of nn.Linear: a result's bits are about these alone.
+QUANTIZABLE = 0.8
+
 
 @dataclass(frozen=True)
 class Call:
@@ -39,6 +42,21 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "models whose layers hold nn.Linear"
         )
     return max(found, key=lambda item: len(item[1]))
+
+
+def check_share(model: nn.Module) -> None:
+    """WindquantError if much of the decoder layers is in tensors that are no nn.Linear, as experts often are."""
+    prefix, layers = decoder_layers(model)
+    linears = {f"{name}.weight" for name in _linears(layers)}
+    sizes = {name: weight.numel() for name, weight in layers.named_parameters() if weight.dim() > 1}
+    whole = sum(sizes.values())
+    if sum(size for name, size in sizes.items() if name in linears) < QUANTIZABLE * whole:
+        name = max(sizes.keys() - linears, key=lambda name: sizes[name])
+        share = sum(size for other, size in sizes.items() if other.split(".")[1:] == name.split(".")[1:]) / whole
+        raise WindquantError(
+            f"{type(model).__name__}: {prefix}.{name} and its like hold {share:.0%} of the decoder layers and are no "
+            "nn.Linear (experts of a mixture mostly are not): WINDQuant cannot quantize them; give a dense model"
+        )
 
 
 def _has_linears(layer: nn.Module) -> bool:

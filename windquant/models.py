@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from windquant import attention, compute, sources, step
-from windquant.decoder import decoder_layers
+from windquant.decoder import check_share, decoder_layers
 from windquant.errors import WindquantError
 
 attention.register()
@@ -109,7 +109,7 @@ def check_folder(folder: Path) -> int:
             skeleton = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
         raise WindquantError(f"{folder}: not a causal language model of transformers ({first_line(error)})") from error
-    decoder_layers(skeleton)
+    check_share(skeleton)
     load_tokenizer(folder)
     count = 0
     for file in weight_files(folder):

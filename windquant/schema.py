@@ -87,7 +87,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "statistics.batch": {"minimum": 1},
     "statistics.samples": {"minimum": 1},
     "statistics.fisher_samples": {"minimum": 1},
-    "units.chunk": {"minimum": 1},
+    "units.chunk": {"minimum": 1, "maximum": 1024},  # no kernel holds more in its registers
     "units.protected": {"minimum": 0, "exclusiveMaximum": 1},
     "units.window": {"enum": [8, 10, 12, 14]},
     "units.jobs": {"minimum": 1},

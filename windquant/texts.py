@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def documents(settings: "Settings") -> list[Article]:
                 settings.columns,
                 "or set calibration.source: file and calibration.path: <a local text file>",
             )
-            return [Article(f"row {index}", [row]) for index, row in enumerate(rows) if row.strip()]
+            return [Article(f"row {index}", [row]) for index, row in enumerate(unique(rows))]
     path = existing("calibration.path", settings.path)
     text = read_text("calibration.path", path)
     if path.suffix == ".jsonl":
@@ -41,8 +42,12 @@ def documents(settings: "Settings") -> list[Article]:
     else:
         parts = re.split(r"\n\s*\n", text)
         texts = [part.strip() for part in (parts if len(parts) > 1 else text.splitlines())]
-    texts = list(dict.fromkeys(filter(None, texts)))  # a repeated document would be in two splits
-    return [Article(f"document {index}", [text]) for index, text in enumerate(texts, 1)]
+    return [Article(f"document {index}", [text]) for index, text in enumerate(unique(texts), 1)]
+
+
+def unique(texts: Iterable[str]) -> list[str]:
+    """Each text once, blank ones not at all: a repeated document would be in two splits."""
+    return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
 def wikipedia() -> list[Article]:

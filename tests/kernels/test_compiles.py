@@ -29,6 +29,7 @@ CHUNK = {
 ONE = SHARED | {"STEP": 8, "VECTOR": True, "PADDED": 16, "GROUPS": 64}
 SOME = SHARED | {"STEP": 32, "VECTOR": False, "PADDED": 16, "GROUPS": 8}
 PREPARE = {"SIZE": 192, "SIDE": 256, "PADDED": 16}
+FIT = {"LEVELS": 4, "OFFSET": True, "CLIPS": 12, "ROUNDS": 2, "LARGEST": 127 / 256, "BLOCK": 16}
 MIXED = 1 << IDS["scalar-2"] | 1 << IDS["trellis-1.5"]
 REST = {name: 1 << IDS[name] for name in ("trellis-2.5", "trellis-3.5", "trellis-4", "scalar-1.5", "scalar-3", "skip")}
 REST["protected"] = 1 << PROTECTED
@@ -51,12 +52,14 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
         )
         for size, stages, groups in ((64, 6, 8), (192, 8, 2), (576, 10, 1))
     },
-    **{
-        f"fit, {side} columns": (
-            quantize.fit, CHUNK, {"LEVELS": 4, "OFFSET": True, "CLIPS": 12, "ROUNDS": 2, "SIDE": side, "BLOCK": 16}
-        )
-        for side in (64, 256, 1024)
-    },
+    **{f"fit, {side} columns": (quantize.fit, CHUNK, FIT | {"SIDE": side}) for side in (64, 256, 1024)},
+    "fit, one column": (quantize.fit, CHUNK, FIT | {"SIDE": 1, "width": 1}),  # arguments that are 1 become constants
+    "encode, one column": (
+        quantize.encode, CHUNK, {"LEVELS": 4, "OFFSET": True, "SIDE": 1, "BLOCK": 16, "width": 1}
+    ),
+    "search, one column": (
+        quantize.search, CHUNK, {"EVEN": 1, "ODD": 2, "WINDOW": 12, "BLOCK": 512, "width": 1}
+    ),
     **{
         f"encode, {side} columns": (
             quantize.encode, CHUNK, {"LEVELS": 4, "OFFSET": True, "SIDE": side, "BLOCK": 16}

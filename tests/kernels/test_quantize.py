@@ -55,8 +55,12 @@ def test_streams_begin_anew(generator: torch.Generator, device: torch.device) ->
 @pytest.mark.parametrize(
     "entry", [entry for entry in ENTRIES if isinstance(entry, Scalar)], ids=lambda entry: entry.name
 )
-def test_the_fit_is_that_of_the_reference(entry: Scalar, generator: torch.Generator, device: torch.device) -> None:
-    columns, energy, _, _ = chunk(40, 13, generator)
+@pytest.mark.parametrize(("width", "mean"), [(13, 0.0), (13, 3.0), (1, 0.0)])
+def test_the_fit_is_that_of_the_reference(
+    entry: Scalar, width: int, mean: float, generator: torch.Generator, device: torch.device
+) -> None:
+    columns, energy, _, _ = chunk(40, width, generator)
+    columns += mean
     expected = entry.fit(columns.T, energy)
     found = chunks.fit(entry, columns.to(device), energy.to(device))
     # Two clips of one row may be equally good but for rounding: then the errors agree, though the scales do not.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from windquant.packed import decode_offset, encode_offset
 from windquant.quantizers import actions
 from windquant.quantizers.base import Fit
 from windquant.quantizers.scalar import Scalar
@@ -81,3 +82,21 @@ def test_constant_rows(name: str, value: float) -> None:
     assert (fit.scale > 0).all()
     assert decoded.isfinite().all()
     torch.testing.assert_close(decoded, torch.full((3, 16), value), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in SCALARS if entry(name).has_offset])
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 64])
+def test_offsets_are_such_as_can_be_stored(name: str, width: int) -> None:
+    """Few columns, or rows of one sign, would take any offset; the bank and the checkpoint know the same ones."""
+    found = entry(name)
+    chunk = 0.1 * torch.randn(50, width, generator=torch.Generator().manual_seed(3)) + 0.3
+    energy = torch.ones(width)
+    fit = found.fit(chunk, energy)
+    assert fit.offset is not None
+    stored = Fit(fit.scale, decode_offset(encode_offset(fit.offset, found.levels), found.levels))
+    coded = found.encode(chunk.T.clone(), stored, torch.ones(50), torch.eye(width))
+    error = (chunk.T - coded.decoded).square().sum()
+    expected, whole = found.error(chunk, energy).sum(), chunk.square().sum()
+    assert error <= 1.1 * expected + 1e-3 * whole
+    if width == 1:
+        assert error < 1e-4 * whole

@@ -264,6 +264,7 @@ def test_damage_without_a_trace_is_found_by_who_reads_it(look: Callable[[], list
     from windquant.errors import WindquantError
 
     name = ARTIFACTS[3]
+    assert look() == []
     stat = Path(name).stat()
     flip(Path(name))
     os.utime(name, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -1,6 +1,7 @@
 """Tables for the kernels, made once per group of linears and device, and the launches that read them."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
@@ -108,6 +109,11 @@ def butterflies(whole: int, last: int, device: torch.device) -> tuple[Tensor, Te
     return depths.to(device), factors.to(device)
 
 
+def launching(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, whatever GPU its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -213,9 +219,10 @@ class Launch:
         }
         self.order = order.int()
         self.values = state_values(self.form.window, self.device)
+        self.whole = min(self.form.chunk, self.columns)
         last = (self.columns - self.protected) % self.form.chunk or self.form.chunk
-        self.rotations = rotations(self.form.chunk, last, self.device)
-        self.butterflies = butterflies(self.form.chunk, last, self.device)
+        self.rotations = rotations(self.whole, last, self.device)
+        self.butterflies = butterflies(self.whole, last, self.device)
         self.chunks = -(-self.protected // self.form.chunk) + len(first.widths)
         targets = list(accumulate(self.rows, initial=0))
         self.height = targets.pop()
@@ -248,18 +255,19 @@ class Launch:
         prepared = torch.empty(shape, dtype=torch.float32 if exact else x.dtype, device=self.device)
         partial = torch.empty(tasks.most, batch, self.height, device=self.device)
         out = torch.empty(batch * self.height, dtype=x.dtype, device=self.device)
-        product.prepare[self.chunks, 1 if vector else BATCH](
-            x, self.order, self.rotations, prepared, batch, self.columns, self.protected,
-            SIZE=self.form.chunk, SIDE=self.rotations.shape[1], VECTOR=vector, PADDED=BATCH,
-        )  # fmt: skip
-        product.product[(len(tasks.table),)](
-            tasks.table, self.linears, tasks.units, prepared, self.values, ONE, partial, batch, self.columns,
-            self.height, STEP=STEP[vector], VECTOR=vector, PADDED=BATCH, GROUPS=tasks.groups,
-            num_warps=tasks.groups // 32 if vector else 4, maxnreg=128 if vector else None, **self.constants,
-        )  # fmt: skip
-        product.reduce[len(self.blocks), batch](
-            partial, self.blocks, self.linears, tasks.splits, out, batch, self.height, DEPTH=DEPTH, BLOCK=REDUCED
-        )
+        with launching(self.device):
+            product.prepare[self.chunks, 1 if vector else BATCH](
+                x, self.order, self.rotations, prepared, batch, self.columns, self.protected,
+                SIZE=self.form.chunk, SIDE=self.rotations.shape[1], VECTOR=vector, PADDED=BATCH,
+            )  # fmt: skip
+            product.product[(len(tasks.table),)](
+                tasks.table, self.linears, tasks.units, prepared, self.values, ONE, partial, batch, self.columns,
+                self.height, STEP=STEP[vector], VECTOR=vector, PADDED=BATCH, GROUPS=tasks.groups,
+                num_warps=tasks.groups // 32 if vector else 4, maxnreg=128 if vector else None, **self.constants,
+            )  # fmt: skip
+            product.reduce[len(self.blocks), batch](
+                partial, self.blocks, self.linears, tasks.splits, out, batch, self.height, DEPTH=DEPTH, BLOCK=REDUCED
+            )
         parts = out.split([batch * rows for rows in self.rows])
         return [part.view(batch, rows) for part, rows in zip(parts, self.rows, strict=True)]
 
@@ -268,13 +276,14 @@ class Launch:
         first, last = self.begins[linear : linear + 2]
         rows = self.rows[linear]
         out = torch.empty(rows, self.columns, dtype=dtype, device=self.device)
-        side = padded(self.form.chunk)
+        side = padded(self.whole)
         groups = max(1, DECODED // (GROUP * side))
-        dequantize.decode[last - first, triton.cdiv(rows, GROUP * groups)](
-            self.linears[linear], self.units[first:last], self.actions[first:last], self.values, ONE,
-            *self.butterflies, out, self.columns, SIZE=self.form.chunk, SIDE=side, STAGES=side.bit_length() - 1,
-            GROUPS=groups, **self.constants,
-        )  # fmt: skip
+        with launching(self.device):
+            dequantize.decode[last - first, triton.cdiv(rows, GROUP * groups)](
+                self.linears[linear], self.units[first:last], self.actions[first:last], self.values, ONE,
+                *self.butterflies, out, self.columns, SIZE=self.form.chunk, SIDE=side, STAGES=side.bit_length() - 1,
+                GROUPS=groups, **self.constants,
+            )  # fmt: skip
         return out
 
 

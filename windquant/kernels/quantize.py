@@ -21,8 +21,8 @@ def _codes(values, scale, shift, LEVELS: tl.constexpr):
 @triton.jit
 def fit(
     columns, energy, clips, scales, offsets, rows, width,
-    LEVELS: tl.constexpr, OFFSET: tl.constexpr, CLIPS: tl.constexpr, ROUNDS: tl.constexpr, SIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr, OFFSET: tl.constexpr, CLIPS: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
+    SIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`Scalar.fit`: scale and offset [rows] of a chunk, columns [width, rows]. One program for BLOCK rows."""
     middle = (LEVELS - 1) / 2
@@ -32,7 +32,8 @@ def fit(
     keep = inside[:, None] & (row < rows)[None, :]
     values = tl.load(columns + place[:, None] * rows + row[None, :], mask=keep, other=0)
     weight = tl.load(energy + place, mask=inside, other=0)
-    weight = tl.div_rn(weight, tl.maximum(tl.div_rn(tl.sum(weight, 0), width.to(tl.float32)), 1.1754943508222875e-38))
+    count = tl.sum(inside.to(tl.float32), 0)  # Triton makes a width of 1 a constant, which has no type
+    weight = tl.div_rn(weight, tl.maximum(tl.div_rn(tl.sum(weight, 0), count), 1.1754943508222875e-38))
     weight = weight[:, None]
     low = tl.min(tl.where(inside[:, None], values, float("inf")), 0)
     high = tl.max(tl.where(inside[:, None], values, float("-inf")), 0)
@@ -59,6 +60,11 @@ def fit(
                 good = (variance > 0) & (slope > 0)
                 scale = tl.where(good, slope, scale)
                 offset = tl.where(good, tl.div_rn(mean, scale) - mean_level, offset)
+                nearest = tl.minimum(tl.maximum(offset, -LARGEST * LEVELS), LARGEST * LEVELS)
+                level += nearest[None, :]
+                slope = tl.div_rn(tl.sum(values * level * weight, 0), tl.sum(level * level * weight, 0))
+                scale = tl.where((nearest != offset) & (slope > 0), slope, scale)
+                offset = nearest
             else:
                 square = tl.sum(level * level * weight, 0)
                 slope = tl.div_rn(tl.sum(values * level * weight, 0), square)

@@ -15,6 +15,7 @@ from windquant.storage import Pattern, unpack_rows
 
 CLIPS = 12  # candidates between half and the whole range of a row
 ROUNDS = 2  # of codes and least squares for each candidate
+LARGEST_OFFSET = 127 / 256  # of the levels' range, as packed.py stores offsets
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Scalar:
             for _ in range(ROUNDS):
                 level = self._level(self._codes(chunk.T, Fit(scale, offset)).T)
                 scale, offset = self._least_squares(chunk, level, weights, scale, offset)
+                scale, offset = self._storable(chunk, level, weights, scale, offset)
             fitted = Fit(scale, offset)
             decoded = self.decode(self._codes(chunk.T, fitted), fitted).T
             error = ((chunk - decoded).square() * weights).sum(1)
@@ -77,6 +79,15 @@ class Scalar:
         good = (variance > 0) & (slope > 0)
         slope = torch.where(good, slope, scale)
         return slope, torch.where(good, mean / slope - mean_level, offset)
+
+    def _storable(
+        self, chunk: Tensor, level: Tensor, weights: Tensor, scale: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """An offset beyond what INT8 holds becomes the nearest that it does, and the scale the best one with that."""
+        nearest = offset.clamp(-LARGEST_OFFSET * self.levels, LARGEST_OFFSET * self.levels)
+        level = level + nearest[:, None]
+        slope = (chunk * level * weights).sum(1) / (level.square() * weights).sum(1)
+        return torch.where((nearest != offset) & (slope > 0), slope, scale), nearest
 
     def _level(self, codes: Tensor) -> Tensor:
         return codes.float() - self.middle

@@ -24,6 +24,7 @@ rule calibration:
     params:
         code=code("calibration"),
         lock=LOCK,
+        content=content(text_files),
         seed=seed,
         settings=settings("calibration"),
     message:

@@ -23,7 +23,7 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
-from windquant import configuration, control_groups, dependencies, estimate, gpus, progress
+from windquant import configuration, control_groups, dependencies, estimate, gpus, local_files, progress
 from windquant.errors import WindquantError
 from windquant.evaluation import local
 from windquant.manifest import Manifest
@@ -126,6 +126,11 @@ def model_files(wildcards):
     """The files of a local model, so that a changed one is noticed. Also the check that the model exists at all."""
     entry = resolved(wildcards.model)["model"]
     return configuration.local_files(f"models.{wildcards.model}", entry, {"source": "path"})
+
+
+def content(function):
+    """Digest of the local files that an input function names: Snakemake does not read those that are older."""
+    return lambda wildcards: local_files.digest(function(wildcards))
 
 
 @one_line

@@ -22,6 +22,7 @@ rule model:
     params:
         code=code("models"),
         lock=LOCK,
+        content=content(model_files),
         settings=settings("model"),
     message:
         "model: get {wildcards.model}"

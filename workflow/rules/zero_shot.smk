@@ -28,6 +28,7 @@ rule zero_shot_original:
     params:
         code=code("evaluation.zero_shot"),
         lock=LOCK,
+        content=content(task_files),
         seed=seed,
         settings=settings("zero_shot"),
     message:
@@ -62,6 +63,7 @@ use rule zero_shot_original as zero_shot with:
     params:
         code=code("evaluation.zero_shot", "checkpoint.huggingface"),
         lock=LOCK,
+        content=content(task_files),
         seed=seed,
         settings=settings("zero_shot"),
     message:
