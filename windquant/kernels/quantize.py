@@ -63,7 +63,7 @@ def fit(
                 nearest = tl.minimum(tl.maximum(offset, -LARGEST * LEVELS), LARGEST * LEVELS)
                 level += nearest[None, :]
                 slope = tl.div_rn(tl.sum(values * level * weight, 0), tl.sum(level * level * weight, 0))
-                scale = tl.where((nearest != offset) & (slope > 0), slope, scale)
+                scale = tl.where((tl.abs(offset) >= LARGEST * LEVELS) & (slope > 0), slope, scale)
                 offset = nearest
             else:
                 square = tl.sum(level * level * weight, 0)

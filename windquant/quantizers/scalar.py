@@ -84,10 +84,11 @@ class Scalar:
         self, chunk: Tensor, level: Tensor, weights: Tensor, scale: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor]:
         """An offset beyond what INT8 holds becomes the nearest that it does, and the scale the best one with that."""
-        nearest = offset.clamp(-LARGEST_OFFSET * self.levels, LARGEST_OFFSET * self.levels)
+        largest = LARGEST_OFFSET * self.levels
+        nearest = offset.clamp(-largest, largest)
         level = level + nearest[:, None]
         slope = (chunk * level * weights).sum(1) / (level.square() * weights).sum(1)
-        return torch.where((nearest != offset) & (slope > 0), slope, scale), nearest
+        return torch.where((offset.abs() >= largest) & (slope > 0), slope, scale), nearest
 
     def _level(self, codes: Tensor) -> Tensor:
         return codes.float() - self.middle
