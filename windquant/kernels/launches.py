@@ -220,7 +220,7 @@ class Launch:
         self.order = order.int()
         self.values = state_values(self.form.window, self.device)
         self.whole = min(self.form.chunk, self.columns)
-        last = (self.columns - self.protected) % self.form.chunk or self.form.chunk
+        last = (self.columns - self.protected) % self.form.chunk or self.whole
         self.rotations = rotations(self.whole, last, self.device)
         self.butterflies = butterflies(self.whole, last, self.device)
         self.chunks = -(-self.protected // self.form.chunk) + len(first.widths)
