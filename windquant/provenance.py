@@ -47,8 +47,13 @@ def remove_unfinished(alone: bool) -> None:
 def free_experiments(known: dict[str, tuple[Path, records.Record]]) -> None:
     """Experiments are made once, whatever happens to the text of their rule."""
     for name, (path, record) in known.items():
-        if EXPERIMENT.fullmatch(name) and any(record.get(trigger) is not None for trigger in TRIGGERS):
-            _write(path, record | dict.fromkeys(TRIGGERS))
+        if freed(name, record) != record:
+            _write(path, freed(name, record))
+
+
+def freed(name: str, record: records.Record) -> records.Record:
+    """The record of an artifact; of an experiment without a reason to make it again."""
+    return record | dict.fromkeys(TRIGGERS) if EXPERIMENT.fullmatch(name) else record
 
 
 def distrust_failed(known: dict[str, tuple[Path, records.Record]]) -> None:
