@@ -233,9 +233,9 @@ def test_rewriting_refuses_what_the_checkpoint_does_not_have(three: tuple[Prepar
     for path in three[1].iterdir():
         path.chmod(0o444)  # as out of a cache that shares files
     with pytest.raises(ValueError, match=r"x \[2\] is not in the checkpoint"):
-        rewrite(three[1], tmp_path / "a", {"x": torch.zeros(2)})
+        rewrite(three[1], tmp_path / "a", [("x", torch.zeros(2))])
     with pytest.raises(ValueError, match=r"\[2\] has no place at"):
-        rewrite(three[1], tmp_path / "b", {"model.norm.weight": torch.zeros(2)})
-    rewrite(three[1], tmp_path / "c", {"model.norm.weight": torch.full((48,), 3.0)})
+        rewrite(three[1], tmp_path / "b", [("model.norm.weight", torch.zeros(2))])
+    rewrite(three[1], tmp_path / "c", [("model.norm.weight", torch.full((48,), 3.0))])
     assert checkpoint.read(tmp_path / "c").parameters["model.norm.weight"].tolist() == [3.0] * 48
     assert (three[1] / "plan.json").read_bytes() == (tmp_path / "c" / "plan.json").read_bytes()

@@ -21,11 +21,11 @@ LOCK = Path(".snakemake") / "windquant.lock"
 SNAKEMAKE_LOCKS = Path(".snakemake") / "locks"
 RUNNING = Path(".cache") / "running"  # a file for every step that runs, locked as long as it does
 #: Options of Snakemake that make it look and change nothing, by their names in its own parser.
-LOOKING = {
-    *("dryrun", "lint", "summary", "detailed_summary", "dag", "rulegraph", "filegraph", "d3dag", "report", "reporter"),
-    *("list_rules", "list_target_rules", "list_changes", "list_input_changes", "list_params_changes", "list_untracked"),
-    *("list_conda_envs", "unlock", "cleanup_metadata", "containerize", "generate_unit_tests", "print_compilation"),
-}
+LOOKING = frozenset(
+    "dryrun lint summary detailed_summary dag rulegraph filegraph d3dag report reporter unlock cleanup_metadata "
+    "list_rules list_target_rules list_changes list_input_changes list_params_changes list_untracked list_conda_envs "
+    "containerize generate_unit_tests print_compilation".split()
+)
 _held: list[IO[str]] = []  # open for the life of the process
 
 

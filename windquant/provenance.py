@@ -47,8 +47,8 @@ def remove_unfinished(alone: bool) -> None:
 def free_experiments(known: dict[str, tuple[Path, records.Record]]) -> None:
     """Experiments are made once, whatever happens to the text of their rule."""
     for name, (path, record) in known.items():
-        if freed(name, record) != record:
-            _write(path, freed(name, record))
+        if (free := freed(name, record)) != record:
+            _write(path, free)
 
 
 def freed(name: str, record: records.Record) -> records.Record:

@@ -107,7 +107,7 @@ def run(task: step.Task, settings: Settings) -> None:
     changes, before, after, curve = found
     task.metrics({"divergence_before": before, "divergence_after": after}, None)
     # a diverged or useless tuning is dropped whole
-    measured = rewrite(quantized, task.output, changes if after < before else {})
+    measured = rewrite(quantized, task.output, changes.items() if after < before else ())
     task.note("scope", scope)
     task.note("divergence", {"before": before, "after": after, "kept": after < before})
     task.note("curve", [round(value, 5) for value in curve])

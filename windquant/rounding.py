@@ -83,11 +83,11 @@ def rounded(task: step.Task, original: Path, quantized: Path, windows: Tensor, h
             "recovery.rounding: needs two windows of the recovery split; give more text, or set it to 0"
         )
     ids = drawn(windows, (min(steps, BATCHES) + JUDGES) * BATCH, task.seed)
-    changes, outcomes = compute.with_smaller_batches(
+    files, outcomes = compute.with_smaller_batches(
         BATCH, lambda batch: learned(task, original, quantized, ids, steps, min(batch, len(ids) // 2))
     )
     folder = task.cache / "rounded"
-    rewrite(quantized, folder, changes)
+    rewrite(quantized, folder, (item for file in files for item in tensor_file.load(file, "outcome")[0].items()))
     teacher = streaming.load(original)
     before, after = (divergence(streaming.load(one), teacher, held_out) for one in (quantized, folder))
     moved = sum(outcome.moved for outcome in outcomes) / sum(outcome.movable for outcome in outcomes)
@@ -105,14 +105,14 @@ def rounded(task: step.Task, original: Path, quantized: Path, windows: Tensor, h
 
 def learned(
     task: step.Task, original: Path, quantized: Path, ids: Tensor, steps: int, batch: int
-) -> tuple[dict[str, Tensor], list[Outcome]]:
-    """The stored codes by tensor after `steps` for every decoder layer, first to last, and the layers' outcomes."""
+) -> tuple[list[Path], list[Outcome]]:
+    """A file of stored codes by tensor for every decoder layer, first to last, and the outcome of each."""
     teacher, student = streaming.load(original), streaming.load(quantized)
     prefix, layers = decoder.decoder_layers(student)
     source = streaming.open_source(quantized)
     found, exact = (Flow(model, ids, batch, task.output.parent) for model in (student, teacher))
-    changes: dict[str, Tensor] = {}
-    outcomes = []
+    files: list[Path] = []
+    outcomes: list[Outcome] = []
     progress: Progress[None] = task.progress(total=len(layers) * steps, label="rounding")
     with progress:
         for (index, layer), (_, other) in zip(streaming.walk(student), streaming.walk(teacher), strict=True):
@@ -131,9 +131,9 @@ def learned(
             for name, codes in linears.items():
                 codes.take(stored[f"{name}.codes"])
             found.through(layer, index)
-            changes |= stored
+            files.append(file)
             outcomes.append(outcome)
-    return changes, outcomes
+    return files, outcomes
 
 
 def learnable(entry: Treatment) -> TypeGuard[Scalar]:

@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 
 from windquant.kernels import dequantize, product, quantize
 from windquant.kernels.launches import IDS, PROTECTED
+from windquant.quantizers.scalar import LARGEST_OFFSET
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
@@ -29,7 +30,7 @@ CHUNK = {
 ONE = SHARED | {"STEP": 8, "VECTOR": True, "PADDED": 16, "GROUPS": 64}
 SOME = SHARED | {"STEP": 32, "VECTOR": False, "PADDED": 16, "GROUPS": 8}
 PREPARE = {"SIZE": 192, "SIDE": 256, "PADDED": 16}
-FIT = {"LEVELS": 4, "OFFSET": True, "CLIPS": 12, "ROUNDS": 2, "LARGEST": 127 / 256, "BLOCK": 16}
+FIT = {"LEVELS": 4, "OFFSET": True, "CLIPS": 12, "ROUNDS": 2, "LARGEST": LARGEST_OFFSET, "BLOCK": 16}
 MIXED = 1 << IDS["scalar-2"] | 1 << IDS["trellis-1.5"]
 REST = {name: 1 << IDS[name] for name in ("trellis-2.5", "trellis-3.5", "trellis-4", "scalar-1.5", "scalar-3", "skip")}
 REST["protected"] = 1 << PROTECTED

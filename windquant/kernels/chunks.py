@@ -5,7 +5,6 @@ import triton
 from torch import Tensor
 
 from windquant.kernels import quantize
-from windquant.kernels.launches import launching
 from windquant.quantizers import Coded, Fit
 from windquant.quantizers.scalar import CLIPS, LARGEST_OFFSET, ROUNDS, Scalar
 from windquant.quantizers.trellis import SEAM, Trellis, row_weights, table, tile_rows
@@ -21,12 +20,11 @@ def fit(entry: Scalar, columns: Tensor, energy: Tensor) -> Fit:
     offsets = torch.empty_like(scales) if entry.has_offset else None
     clips = torch.ones(1) if entry.covers else torch.linspace(0.35, 1.0, CLIPS)
     block = 16
-    with launching(columns.device):
-        quantize.fit[(triton.cdiv(rows, block),)](
-            columns, energy, clips.to(columns.device), scales, offsets, rows, width, LEVELS=entry.levels,
-            OFFSET=entry.has_offset, CLIPS=len(clips), ROUNDS=ROUNDS, LARGEST=LARGEST_OFFSET,
-            SIDE=triton.next_power_of_2(width), BLOCK=block, **EXACT,
-        )  # fmt: skip
+    quantize.fit[(triton.cdiv(rows, block),)](
+        columns, energy, clips.to(columns.device), scales, offsets, rows, width, LEVELS=entry.levels,
+        OFFSET=entry.has_offset, CLIPS=len(clips), ROUNDS=ROUNDS, LARGEST=LARGEST_OFFSET,
+        SIDE=triton.next_power_of_2(width), BLOCK=block, **EXACT,
+    )  # fmt: skip
     return Fit(scales, offsets)
 
 
@@ -38,11 +36,10 @@ def encode(entry: Scalar | Trellis, columns: Tensor, found: Fit, importance: Ten
     decoded, errors = torch.empty_like(columns), torch.empty_like(columns)
     if isinstance(entry, Scalar):
         block = 16
-        with launching(columns.device):
-            quantize.encode[(triton.cdiv(rows, block),)](
-                columns, found.scale, found.offset, feedback, codes, decoded, errors, rows, width, LEVELS=entry.levels,
-                OFFSET=entry.has_offset, SIDE=triton.next_power_of_2(width), BLOCK=block, **EXACT,
-            )  # fmt: skip
+        quantize.encode[(triton.cdiv(rows, block),)](
+            columns, found.scale, found.offset, feedback, codes, decoded, errors, rows, width, LEVELS=entry.levels,
+            OFFSET=entry.has_offset, SIDE=triton.next_power_of_2(width), BLOCK=block, **EXACT,
+        )  # fmt: skip
     else:
         weights, values = row_weights(importance, found.scale), table(entry.window).to(columns.device)
         tile = tile_rows(rows, entry.tile)
@@ -51,11 +48,10 @@ def encode(entry: Scalar | Trellis, columns: Tensor, found: Fit, importance: Ten
         shape = streams, max(tile, 2 * side), 1 << entry.window
         previous = torch.empty(shape, dtype=torch.uint8, device=columns.device)
         even, odd = entry.pattern
-        with launching(columns.device):
-            quantize.search[(streams,)](
-                columns, found.scale, weights, feedback, values, codes, decoded, errors, previous, rows, width, tile,
-                side, EVEN=even, ODD=odd, WINDOW=entry.window, BLOCK=triton.next_power_of_2(tile), num_warps=8, **EXACT,
-            )  # fmt: skip
+        quantize.search[(streams,)](
+            columns, found.scale, weights, feedback, values, codes, decoded, errors, previous, rows, width, tile, side,
+            EVEN=even, ODD=odd, WINDOW=entry.window, BLOCK=triton.next_power_of_2(tile), num_warps=8, **EXACT,
+        )  # fmt: skip
     return Coded(codes, decoded, errors)
 
 
@@ -65,8 +61,7 @@ def pack(codes: Tensor, pattern: Pattern) -> Tensor:
     size = stream_bytes(rows, pattern)
     packed = torch.empty(columns, size, dtype=torch.uint8, device=codes.device)
     block = 256
-    with launching(codes.device):
-        quantize.pack[columns, triton.cdiv(size, block)](
-            codes, packed, rows, size, EVEN=pattern[0], ODD=pattern[1], BLOCK=block
-        )
+    quantize.pack[columns, triton.cdiv(size, block)](
+        codes, packed, rows, size, EVEN=pattern[0], ODD=pattern[1], BLOCK=block
+    )
     return packed

@@ -54,7 +54,6 @@ class Scalar:
             for _ in range(ROUNDS):
                 level = self._level(self._codes(chunk.T, Fit(scale, offset)).T)
                 scale, offset = self._least_squares(chunk, level, weights, scale, offset)
-                scale, offset = self._storable(chunk, level, weights, scale, offset)
             fitted = Fit(scale, offset)
             decoded = self.decode(self._codes(chunk.T, fitted), fitted).T
             error = ((chunk - decoded).square() * weights).sum(1)
@@ -66,7 +65,10 @@ class Scalar:
     def _least_squares(
         self, chunk: Tensor, level: Tensor, weights: Tensor, scale: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """min over s, o of sum_j weights_j (w_j - s (level_j + o))^2 in every row; the old pair where singular."""
+        """min over s, o of sum_j weights_j (w_j - s (level_j + o))^2 in every row; the old pair where singular.
+
+        An offset beyond what can be stored becomes the nearest that can, and the scale the best one with that.
+        """
         if not self.has_offset:
             square = (level.square() * weights).sum(1)
             slope = (chunk * level * weights).sum(1) / square
@@ -78,17 +80,12 @@ class Scalar:
         slope = (centered * chunk).sum(1) / variance
         good = (variance > 0) & (slope > 0)
         slope = torch.where(good, slope, scale)
-        return slope, torch.where(good, mean / slope - mean_level, offset)
-
-    def _storable(
-        self, chunk: Tensor, level: Tensor, weights: Tensor, scale: Tensor, offset: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """An offset beyond what INT8 holds becomes the nearest that it does, and the scale the best one with that."""
+        offset = torch.where(good, mean / slope - mean_level, offset)
         largest = LARGEST_OFFSET * self.levels
         nearest = offset.clamp(-largest, largest)
         level = level + nearest[:, None]
-        slope = (chunk * level * weights).sum(1) / (level.square() * weights).sum(1)
-        return torch.where((offset.abs() >= largest) & (slope > 0), slope, scale), nearest
+        refit = (chunk * level * weights).sum(1) / (level.square() * weights).sum(1)
+        return torch.where((offset.abs() >= largest) & (refit > 0), refit, slope), nearest
 
     def _level(self, codes: Tensor) -> Tensor:
         return codes.float() - self.middle
