@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from windquant.errors import WindquantError
+from windquant.errors import reported
 
 COMMANDS = {  # name: module, what it does
     "quantize": ("windquant.own_model", "quantize a model of your own: a checkpoint with its card, in one line"),
@@ -45,12 +45,13 @@ def main(arguments: list[str]) -> int:
     try:
         importlib.import_module(module).main(arguments[1:])
         sys.stdout.flush()
-    except WindquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever read has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left for the exit to flush
         return 128 + signal.SIGPIPE
+    except BaseException as error:
+        if (code := reported(error, arguments[0])) is None:
+            raise
+        return code
     return 0
 
 

@@ -13,12 +13,10 @@ Exit codes: 0 done; 2 bad input (one line `error: ...`); 1 any other failure (wi
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import random
-import re
 import resource
 import shlex
 import signal
@@ -41,17 +39,11 @@ from windquant import (
     settings as settings_module,
     tracking,
 )
-from windquant.errors import WindquantError
+from windquant.errors import WindquantError, reported
 from windquant.manifest import Manifest
 from windquant.task import Task as Task  # steps know it by this module's name
 
 S = TypeVar("S")
-#: Problems of the environment that a person can mend, and how.
-MENDABLE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run again: finished steps stay"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable and run again"),
-    errno.EFBIG: "lift the limit on file sizes (ulimit -f) and run again",
-}
 
 
 @dataclass(frozen=True)
@@ -91,27 +83,10 @@ def main(
         arguments = _parse(module, description, settings, inputs, argv)
         command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
         _run(step, run, settings_module.from_arguments(settings, arguments), inputs, arguments, start, light, command)
-    except WindquantError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:
-        number = _errno(error)
-        if number not in MENDABLE:
+    except BaseException as error:
+        if (code := reported(error, step)) is None:
             raise
-        where = getattr(error, "filename", None) or step
-        print(f"error: {where}: {os.strerror(number)}; {MENDABLE[number]}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _errno(error: Exception) -> int:
-    """The operating system's reason; safetensors has it in its text only. 0 where there is none."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else 0
+        raise SystemExit(code) from None
 
 
 def _parse(

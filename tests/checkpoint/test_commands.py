@@ -1,5 +1,6 @@
 """`python -m windquant`: inspect, generate, and what they say of bad input."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -48,11 +49,29 @@ def test_generate_continues_the_text(whole: Made, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (OSError(errno.ENOSPC, "", "x/y"), 2, "error: x/y: No space left on device; make room and run again"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("windquant.doctor.main", stopped)
+    assert main(["doctor"]) == code
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (["inspect", "{nowhere}"], "config.json: missing"),
         (["inspect", "{source}"], "not the configuration of a windquant checkpoint"),
-        (["generate", "{nowhere}", "w1"], "no readable tokenizer"),
+        (["generate", "{nowhere}", "w1"], "no such folder"),
         (["generate", "{folder}", "w1", "--tokens", "0"], "--tokens"),
         (["generate", "{folder}", ""], "no tokens"),
     ],
