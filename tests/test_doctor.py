@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from windquant import doctor
+from windquant import doctor, estimate
 from windquant.doctor import BAD, GOOD, WARNING
 
 
@@ -37,6 +37,14 @@ def test_packages_are_compared_with_the_lock(tmp_path: Path) -> None:
     assert "no-such-package" in found[BAD]
     assert "(lock: 0.1)" in found[WARNING]
     assert next(iter(doctor.packages(tmp_path / "none"))).status == WARNING
+
+
+def test_doctor_and_estimate_tell_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
+    estimate.main(["smollm2-135m"])
+    total = capsys.readouterr().out.splitlines()[-1].split()[1]
+    minutes, seconds = map(int, total.split(":"))
+    found = {finding.what: finding.said for finding in doctor.fitting(1e12, 1e12, True, on_gpu=False)}
+    assert found["smollm2-135m"].endswith(f", {minutes + seconds / 60:.0f} minutes")
 
 
 def test_what_fits_depends_on_memory_disk_and_hub() -> None:

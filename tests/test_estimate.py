@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tests.checkpoint.making import tiny
 from windquant import configuration, cost, estimate, own_model, shape as shapes
@@ -41,6 +41,31 @@ def test_weights_and_parameters_are_counted_from_the_configuration(name: str) ->
     linears = [value.numel() for key, value in model.named_parameters() if ".layers." in key and "proj.weight" in key]
     assert shape.weights == sum(linears)
     assert shape.parameters == pytest.approx(model.num_parameters(), rel=0.02), "norms and biases aside"
+
+
+@pytest.mark.parametrize(
+    ("name", "intermediate"),
+    [
+        *((name, 4) for name in ("bloom", "falcon", "gptj", "gpt_bigcode", "mpt")),
+        *((name, 2) for name in ("opt", "llama", "xglm")),
+    ],
+)
+def test_every_familys_words_for_the_proportions_are_known(name: str, intermediate: int) -> None:
+    words = {"ffn_dim": 80, "intermediate_size": 80} if intermediate == 2 else {}
+    config = AutoConfig.for_model(name, hidden_size=40, num_hidden_layers=3, num_attention_heads=4, **words)
+    shape = Shape.of(json.loads(config.to_json_string(use_diff=False)), name)
+    assert (shape.layers, shape.hidden, shape.intermediate) == (3, 40, 40 * intermediate)
+
+
+def test_where_layers_differ_the_widest_counts(tmp_path: Path) -> None:
+    assert Shape.of(LLAMA_70B | {"intermediate_size": [8, 16, 12]}, "").intermediate == 16
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "state_size": 16}))  # no attention
+    entry = {"name": "mine", "source": "folder", "path": str(tmp_path)}
+    assert shapes.known(entry) is None
+    asked = estimate.resources({**EMBEDDED, "model": entry}, "quantize", 2.0, 2, False, 1)
+    assert asked == estimate.resources(
+        {**EMBEDDED, "model": {"name": "x", "source": "hub"}}, "quantize", 2.0, 2, False, 1
+    )
 
 
 def test_a_70b_model_is_counted_without_its_weights() -> None:

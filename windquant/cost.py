@@ -100,6 +100,15 @@ def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gp
     }
 
 
+#: Steps that a result needs more than once: before and after recovery.
+TIMES = {"perplexity": 2}
+
+
+def seconds(wanted: Mapping[str, Need]) -> float:
+    """Of a whole result, one step after another."""
+    return sum(TIMES.get(step, 1) * need.seconds for step, need in wanted.items())
+
+
 class Costs:
     """One method per step; what several of them ask for stands above."""
 

@@ -80,7 +80,7 @@ def examine(folder: Path, offline: bool = False) -> Iterator[Finding]:
         finding = hub()
         reachable = finding.status == GOOD
         yield finding
-    yield from fitting(gpu or room, disk, reachable, on_gpu=bool(gpu))
+    yield from fitting(min(gpu, room) if gpu else room, disk, reachable, on_gpu=bool(gpu))
 
 
 def python() -> Finding:
@@ -160,7 +160,7 @@ def hub() -> Finding:
 
 
 def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator[Finding]:
-    """A line per ready model: whether 2.0 bits of it fit into `room` bytes of (GPU) memory and `disk` bytes."""
+    """A line per ready model: whether 2.0 bits of it fit into `room` bytes of (each) memory and `disk` bytes."""
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
     config = configuration.validate(configuration.load(ROOT / "config" / "config.yaml"), schema)
     for name in config["models"]:
@@ -173,7 +173,7 @@ def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator
         machine = (cost.gpu if on_gpu else cost.cpu)(control_groups.cores())
         wanted = cost.needs(shape, resolved, BITS, machine, on_gpu)
         held, space = max(need.memory for need in wanted.values()), sum(need.disk for need in wanted.values())
-        seconds = sum(need.seconds for need in wanted.values())
+        seconds = cost.seconds(wanted)
         lacking = [
             text
             for text, lacks in (

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from windquant import configuration, control_groups, memory, own_model
-from windquant.cost import Need, Settings, cpu, gpu, needs
+from windquant.cost import TIMES, Need, Settings, cpu, gpu, needs, seconds
 from windquant.errors import WindquantError
 from windquant.progress import duration
 from windquant.shape import UNKNOWN, Shape, known, read
@@ -108,13 +108,12 @@ def table(wanted: Mapping[str, Need], on_gpu: bool) -> str:
     """A row per step, and the sum."""
     rows = [["step", "time", "memory", *(["GPU memory"] if on_gpu else []), "disk"]]
     for name, need in wanted.items():
-        count = 2 if name == "perplexity" else 1  # before and after recovery
+        count = TIMES.get(name, 1)
         cells = [name + (" (twice)" if count == 2 else ""), duration(count * need.seconds), _size(need.memory)]
         rows.append([*cells, *([_size(need.gpu)] if on_gpu else []), _size(need.disk)])
-    seconds = sum((2 if name == "perplexity" else 1) * need.seconds for name, need in wanted.items())
     most = max(need.memory for need in wanted.values())
     disk = sum(need.disk for need in wanted.values())
-    rows.append(["sum", duration(seconds), _size(most), *([_size(most)] if on_gpu else []), _size(disk)])
+    rows.append(["sum", duration(seconds(wanted)), _size(most), *([_size(most)] if on_gpu else []), _size(disk)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(pairs))

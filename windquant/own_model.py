@@ -8,7 +8,7 @@ the output. The same line again goes on where an interrupted one was; another bu
 """
 
 import argparse
-import json
+import contextlib
 import re
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from windquant import atomic, configuration, manifest, result_file, summary
+from windquant import atomic, configuration, manifest, result_file, shape, summary
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 
@@ -134,7 +134,7 @@ def describe(model: str, text: str | None) -> tuple[str, dict[str, Any]]:
         entry["calibration"] = {"source": "file", "path": str(file.resolve()), "whole": False, "test_source": "same"}
         entry["evaluation"] = {"tasks": [], "windows": 16}
     if entry["source"] == "folder":
-        entry |= units(narrowest(path))
+        entry |= units(hidden_size(path))
     return re.sub(r"[^a-z0-9.+-]+", "-", name.lower()).strip(".+-") or "model", entry  # names of files, in a shell too
 
 
@@ -157,13 +157,17 @@ def anchored(settings: Mapping[str, Any], folder: Path = ROOT) -> dict[str, Any]
     }
 
 
-def narrowest(folder: Path) -> int:
-    """Hidden size of a Hugging Face folder's model; 0 where its configuration does not tell."""
-    try:
-        document = json.loads((folder / "config.json").read_text())
-        return int(document.get("hidden_size") or 0)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return 0
+def hidden_size(path: Path) -> int:
+    """Channels of a model, a Hugging Face folder or a GGUF file; 0 where it does not tell."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, WindquantError):
+        if path.is_dir():
+            return shape.read(path / "config.json").hidden
+        from gguf import GGUFReader
+
+        fields = GGUFReader(path).fields
+        architecture = fields["general.architecture"].contents()
+        return int(fields[f"{architecture}.embedding_length"].contents())
+    return 0
 
 
 def apply(entry: dict[str, Any], change: str) -> None:

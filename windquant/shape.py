@@ -2,12 +2,21 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from windquant.errors import WindquantError
+
+#: What configurations call a proportion; the usual name comes first.
+NAMES = {
+    "layers": ("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
+    "hidden": ("hidden_size", "d_model", "n_embd", "n_embed"),
+    "heads": ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads"),
+    "intermediate": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,18 +36,18 @@ class Shape:
         """From the document of a config.json; WindquantError naming a key that is missing."""
         config = config.get("text_config") or config
         try:
-            heads, hidden = config["num_attention_heads"], config["hidden_size"]
+            heads, hidden = _entry(config, "heads"), _entry(config, "hidden")
             width = config.get("head_dim") or hidden // heads
             return cls(
-                layers=config["num_hidden_layers"],
+                layers=_entry(config, "layers"),
                 hidden=hidden,
-                intermediate=config["intermediate_size"],
+                intermediate=_entry(config, "intermediate", 4 * hidden),
                 queries=heads * width,
                 keys=(config.get("num_key_value_heads") or heads) * width,
                 vocabulary=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", False)),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WindquantError(f"{where}: no configuration of a decoder ({error!r})") from error
 
     @property
@@ -75,6 +84,14 @@ class Shape:
         return self.layers * sum(-(-columns // chunk) for _, columns in self.linears)
 
 
+def _entry(config: Mapping[str, Any], proportion: str, otherwise: int | None = None) -> int:
+    """The highest value, where layers differ; KeyError where there is none."""
+    found = next((value for name in NAMES[proportion] if (value := config.get(name)) is not None), otherwise)
+    if found is None:
+        raise KeyError(NAMES[proportion][0])
+    return int(max(found)) if isinstance(found, list) else int(found)
+
+
 #: Not made yet, so without a config.json: wheels of PyPI hold them.
 EMBEDDED = {
     "smollm2-135m": Shape(30, 576, 1536, 576, 192, 49152, True),
@@ -84,11 +101,13 @@ UNKNOWN = Shape(16, 2048, 8192, 2048, 512, 128256, True)
 
 
 def known(entry: Mapping[str, Any]) -> Shape | None:
-    """The shape of a model of the configuration, if its config.json is on this machine."""
+    """The shape of a model of the configuration, if its config.json is on this machine and tells."""
     folders = [Path("resources/models") / entry["name"], Path(str(entry.get("path") or "")).expanduser()]
     for folder in folders:
         if (folder / "config.json").is_file():
-            return read(folder / "config.json")
+            with suppress(WindquantError):  # the step `model` says what is wrong with it, if anything is
+                return read(folder / "config.json")
+            return None
     return EMBEDDED.get(entry["name"]) if entry.get("source") == "embedded" else None
 
 

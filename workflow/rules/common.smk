@@ -150,6 +150,7 @@ GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resour
 def ask(step, resource):
     """What a step's job asks for of a resource, from the model's configuration; `gpu`: one, where there are any."""
 
+    @one_line
     def asked(wildcards, attempt):
         if resource == "gpu":
             return 1 if GPUS else None
