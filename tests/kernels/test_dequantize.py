@@ -19,6 +19,7 @@ TRELLISES = [name for name in NAMES if name.startswith("trellis")]
     [
         *((48, 20, 16, [name]) for name in NAMES),
         (37, 115, 7, NAMES),
+        (8, 115, 7, NAMES),  # fewer rows than a group has
         (34, 460, 192, ["trellis-2", "trellis-1.5", "scalar-3"]),
         (1030, 40, 8, ["trellis-1.5", "trellis-2.5", "trellis-3.5", "scalar-1.5", "skip"]),
     ],
@@ -39,7 +40,7 @@ def test_the_weight_is_that_of_the_reference(
 
 @pytest.mark.parametrize(
     ("rows", "columns", "chunk", "window"),
-    [(48, 5, 1, 12), (531, 5, 1, 12), (531, 5, 1, 14), (40, 460, 192, 12), (40, 20, 7, 12)],
+    [(8, 20, 7, 12), (48, 5, 1, 12), (531, 5, 1, 12), (531, 5, 1, 14), (40, 460, 192, 12), (40, 20, 7, 12)],
 )
 @pytest.mark.parametrize("name", TRELLISES)
 def test_every_reader_finds_the_same_bits(

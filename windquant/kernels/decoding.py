@@ -108,7 +108,7 @@ def seam(group, rows, tile, ACTION: tl.constexpr, WINDOW: tl.constexpr):
     int32 [groups]; 0 where there is none, or where it is no ring: it has an odd number of rows, or fewer bits.
     """
     PAIR: tl.constexpr = pair_bits(ACTION)
-    since = (group * GROUP + GROUP - 1) // tile * tile
+    since = tl.minimum(group * GROUP + GROUP - 1, rows - 1) // tile * tile
     until = tl.minimum(since + tile, rows)
     length = until - since
     near = ends(tl.maximum(group * GROUP - since, 0), ACTION) < WINDOW
