@@ -14,9 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from windquant import models, sources, step
+from windquant import models, own_model, sources, step, streaming
 from windquant.errors import WindquantError
 
 MakeWheel = Callable[[str, bytes], sources.WheelFile]
@@ -111,10 +119,31 @@ def test_truncated_file_is_named(copy: Path) -> None:
 
 
 def test_missing_shard_is_named(copy: Path) -> None:
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    first, second = (f"model-0000{place}-of-00002.safetensors" for place in (1, 2))
+    (copy / "model.safetensors").rename(copy / first)
+    index = {"weight_map": {"a": first, "b": second}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WindquantError, match=r"model-00002-of-00002\.safetensors: missing"):
         models.load(copy)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_other_safetensors_beside_the_weights_are_not_read(
+    tiny_model_folder: Path, tmp_path: Path, sharded: bool
+) -> None:
+    model = models.load(tiny_model_folder)
+    kept = tmp_path / "kept"
+    model.save_pretrained(kept, max_shard_size="60KB" if sharded else "1GB")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model_folder / name, kept / name)
+    other = {name: -value for name, value in load_file(tiny_model_folder / "model.safetensors").items()}
+    save_file(other, kept / "model_old.safetensors")
+    made = make(tmp_path, "--source", "folder", "--path", str(kept))
+    assert not (made / "model_old.safetensors").exists()
+    for found in (kept, made):
+        assert models.check_folder(found) == models.check_folder(tiny_model_folder)
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert torch.equal(streaming.open_source(found).parameter(name), model.get_parameter(name))
 
 
 def test_missing_weight_is_not_invented(copy: Path) -> None:
@@ -173,6 +202,42 @@ def test_folder_without_anything_is_refused(tmp_path: Path, copy: Path) -> None:
     (copy / "config.json").write_text("{")
     with pytest.raises(WindquantError, match=r"config\.json"):
         models.load(copy)
+
+
+def test_without_tokenizer_files_none_is_invented(copy: Path) -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = Qwen2Config(**sizes, num_attention_heads=1, num_key_value_heads=1)
+    Qwen2ForCausalLM(config).save_pretrained(copy)
+    models.load_tokenizer(copy)
+    for path in copy.glob("*token*"):
+        path.unlink()
+    with pytest.raises(WindquantError, match=r"no tokenizer .*; save the model's tokenizer there"):
+        models.load_tokenizer(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("tokenizer.json", "model", {"type": "Later"}, "no readable tokenizer"),
+        ("config.json", "num_hidden_layers", "two", r"config\.json: .*num_hidden_layers"),
+    ],
+)
+def test_files_that_the_libraries_cannot_read_are_named(
+    copy: Path, name: str, key: str, value: object, words: str
+) -> None:
+    (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {key: value}))
+    with pytest.raises(WindquantError, match=words):
+        models.check_folder(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_without_a_word_in_the_configuration_the_files_tell_the_type(copy: Path, dtype: torch.dtype) -> None:
+    models.load(copy, dtype).save_pretrained(copy)
+    assert models.stored_dtype(copy) == dtype
+    config = json.loads((copy / "config.json").read_text())
+    del config["dtype"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert models.stored_dtype(copy) == dtype
 
 
 # -- source: folder
@@ -368,6 +433,7 @@ def test_embedded_gguf_becomes_the_same_model(
     tiny_model_folder: Path, make_wheel: MakeWheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gguf(tmp_path / "tiny.gguf", tiny_model_folder)
+    assert own_model.hidden_size(tmp_path / "tiny.gguf") == own_model.hidden_size(tiny_model_folder) > 0
     monkeypatch.setitem(sources.MODELS, "mine", make_wheel("x/tiny.gguf", (tmp_path / "tiny.gguf").read_bytes()))
     made = make(tmp_path)
     expected, found = (load_file(folder / "model.safetensors") for folder in (tiny_model_folder, made))

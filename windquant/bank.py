@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig
 
-from windquant import step, streaming, tensor_file
+from windquant import models, step, streaming, tensor_file
 from windquant.errors import WindquantError
 from windquant.feedback import column_order
 from windquant.packed import fixed_bytes, unit_bytes
@@ -174,8 +173,7 @@ class Bank:
 def run(task: step.Task, settings: Settings) -> None:
     statistics = Statistics.load(task.inputs["statistics"])
     source = streaming.open_source(task.inputs["model"])
-    stored = AutoConfig.from_pretrained(task.inputs["model"], trust_remote_code=False, local_files_only=True)
-    original = "float16" if stored.get_text_config().dtype == torch.float16 else "bfloat16"  # not that of `model`
+    original = "float16" if models.stored_dtype(task.inputs["model"]) == torch.float16 else "bfloat16"
     units = Units(settings.chunk, settings.protected, settings.window, settings.order, original)
     linears = share(statistics.linears, settings.part, settings.jobs) if settings.part else statistics.linears
     if parts := task.files.get("parts"):

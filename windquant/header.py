@@ -121,13 +121,15 @@ def entries(file: Path) -> dict[str, Entry]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, as its index names them; WindquantError if one is missing."""
-    index = folder / "model.safetensors.index.json"
+    """The files that hold the weights of a Hugging Face folder: those that transformers would read.
+
+    That is model.safetensors or, without it, what its index names. WindquantError if one is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
     if not index.is_file():
-        file = folder / "model.safetensors"
-        if not file.is_file():
-            raise WindquantError(f"{file}: missing; get the checkpoint again")
-        return [file]
+        raise WindquantError(f"{single}: missing, and no index beside it; only safetensors are read, never pickles")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -7,7 +7,6 @@ Only safetensors and GGUF are read, never pickles; remote code is never trusted;
 
 import contextlib
 import io
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,9 +23,12 @@ from transformers.utils import logging as transformers_logging
 from windquant import attention, compute, sources, step
 from windquant.decoder import check_share, decoder_layers
 from windquant.errors import WindquantError
+from windquant.header import entries, weight_files
 
 attention.register()
 
+#: Any of these holds a vocabulary.
+TOKENIZERS = ("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.tiktoken", "*.bpe")
 LARGE = 1_000_000_000  # parameters (by the estimate 12 h^2 a layer) above which a GPU computes in the stored type
 
 
@@ -113,6 +116,7 @@ def check_folder(folder: Path) -> int:
     load_tokenizer(folder)
     count = 0
     for file in weight_files(folder):
+        entries(file)  # refuses a truncated one by name
         with safe_open(file, framework="pt") as content:
             for name in sorted(content.keys()):
                 tensor = content.get_tensor(name)
@@ -131,7 +135,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         check_method(folder, quantization)
-    weight_files(folder)
+    for file in weight_files(folder):
+        entries(file)  # refuses a truncated one by name
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -158,36 +163,17 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local Hugging Face folder; WindquantError if there is none."""
+    if not folder.is_dir():
+        raise WindquantError(f"{folder}: no such folder; give a Hugging Face folder")
+    if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):  # transformers would make an empty one
+        raise WindquantError(f"{folder}: no tokenizer (tokenizer.json or the like); save the model's tokenizer there")
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises no other
         raise WindquantError(f"{folder}: no readable tokenizer ({first_line(error)})") from error
     tokenizer.model_max_length = int(1e30)  # texts are cut in windows here: a warning about their length is noise
     return tokenizer
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, each one complete; WindquantError names the first that is not."""
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise WindquantError(f"{index}: not a readable index of weights; get it again") from error
-        if missing := sorted(names - {file.name for file in files}):
-            raise WindquantError(f"{folder / missing[0]}: missing, though {index.name} names it; get it again")
-    if not files:
-        raise WindquantError(f"{folder}: no *.safetensors; only safetensors are read, never pickles")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):  # checks the header against the file's length
-                pass
-        except (OSError, SafetensorError) as error:
-            raise WindquantError(
-                f"{file}: truncated or no safetensors file ({first_line(error)}); get it again"
-            ) from error
-    return files
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: Path) -> None:
@@ -240,8 +226,16 @@ def configuration(folder: Path) -> Any:
         raise WindquantError(f"{folder}: no config.json; give a Hugging Face folder")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise WindquantError(f"{folder}/config.json: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise WindquantError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """What a folder's weights are stored in: what its configuration says or, if nothing, its largest tensor."""
+    said = configuration(folder).get_text_config().dtype
+    if isinstance(said, torch.dtype):
+        return said
+    return max(entries(weight_files(folder)[0]).values(), key=lambda entry: entry.size).dtype
 
 
 def first_line(error: BaseException) -> str:

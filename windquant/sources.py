@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from windquant.errors import WindquantError
+from windquant.header import weight_files
 
 TIMEOUT = 10  # seconds to wait for the Hub's answer
 #: Of a Hub model: weights, index, configuration, tokenizer and licence; no pickles, code or second copy in a subfolder.
@@ -255,19 +256,18 @@ def link_folder(key: str, source: Path, target: Path) -> None:
     """
     if not source.is_dir():
         raise WindquantError(f"{key}: {source} is not a folder; give a local Hugging Face folder")
-    weights = sorted(source.glob("*.safetensors"))
     if not (source / "config.json").is_file():
         raise WindquantError(f"{key}: {source} has no config.json; give a local Hugging Face folder")
-    if not weights:
+    if not any(source.glob("*.safetensors")):
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(source.glob(pattern))]
         found = f"only pickles ({pickles[0]}), which are never read" if pickles else "no weights"
         raise WindquantError(
             f"{key}: {source} holds {found}; give a folder with *.safetensors (save_pretrained writes them)"
         )
+    weights = weight_files(source)
     target.mkdir(parents=True)
     for path in weights:
-        if not path.name.startswith("consolidated"):
-            (target / path.name).symlink_to(path.resolve())
+        (target / path.name).symlink_to(path.resolve())
     for pattern in WANTED[1:]:
         for path in source.glob(pattern):
             if path.is_file():

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from windquant import kernels, models
 from windquant.checkpoint import files as packed_files
-from windquant.checkpoint.header import Entry, entries
 from windquant.decoder import decoder_layers, device_of
 from windquant.errors import WindquantError
+from windquant.header import Entry, entries, weight_files
 from windquant.packed import Layout
 
 SOURCE = "windquant_source"  # attribute of a streamed model
@@ -165,7 +165,7 @@ def open_source(folder: Path, dtype: torch.dtype = torch.float32) -> Source:
     config = models.configuration(folder)
     layouts: dict[str, Layout] = {}
     quantization = getattr(config, "quantization_config", None)
-    found = models.weight_files(folder)
+    found = weight_files(folder)
     if quantization is not None:
         models.check_method(folder, quantization)
         _, layouts = packed_files.read_config(folder)

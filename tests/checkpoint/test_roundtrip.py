@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 import windquant
 from tests.checkpoint.making import ARCHITECTURES, Made, make
@@ -71,6 +71,15 @@ def test_a_new_process_computes_the_same(
     text = made.model.generate(IDS, max_new_tokens=6, do_sample=False)  # type: ignore[operator]  # transformers
     assert torch.equal(found[f"{name}.text"], text)
     assert found[f"{name}.dtype"].dtype == made.layouts["model.layers.0.mlp.down_proj"].format.dtype
+
+
+def test_a_family_that_looks_at_weights_when_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-BigCode initializes a block's projection through the block."""
+    entry = (GPTBigCodeConfig, GPTBigCodeForCausalLM, {"hidden_size": 48, "intermediate_size": None})
+    monkeypatch.setitem(ARCHITECTURES, "gpt_bigcode", entry)
+    made = make(tmp_path / "packed", tmp_path / "original", "gpt_bigcode", names=["trellis-2", "scalar-3"])
+    loaded = load(made.folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), logits(made.model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from tests.checkpoint.making import Made
 from windquant import checkpoint, sources, streaming
 from windquant.checkpoint import writing
-from windquant.checkpoint.header import DTYPES, Entry, lay_out, put, tensors as read
 from windquant.errors import WindquantError
+from windquant.header import DTYPES, Entry, lay_out, put, tensors as read
 
 
 def test_a_laid_out_file_is_what_safetensors_writes(tmp_path: Path) -> None:

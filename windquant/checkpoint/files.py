@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from windquant.checkpoint import description
-from windquant.checkpoint.header import Entry, entries, tensors, weight_files
 from windquant.errors import WindquantError
+from windquant.header import Entry, entries, tensors, weight_files
 from windquant.packed import Layout, unpack_order
 from windquant.plan import Plan
 from windquant.quantizers import actions

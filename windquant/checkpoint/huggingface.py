@@ -27,9 +27,9 @@ from windquant.checkpoint import description
 from windquant.checkpoint.description import METHOD
 from windquant.checkpoint.files import check_contents, check_headers, check_plan, unpacked_order
 from windquant.checkpoint.fused import Fused
-from windquant.checkpoint.header import Entry, tensors
 from windquant.checkpoint.linear import PackedLinear
 from windquant.errors import WindquantError
+from windquant.header import Entry, tensors
 from windquant.plan import Plan
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from windquant.checkpoint.card import shares
 from windquant.checkpoint.files import check_plan, measure, read_config
-from windquant.checkpoint.header import weight_files
+from windquant.header import weight_files
 from windquant.packed import Layout
 from windquant.plan import Plan
 

@@ -80,7 +80,11 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight [rows, columns], natural column order."""
+        """The decoded weight [rows, columns], natural column order; without memory until `connect`: some models look
+        at it, when they are made.
+        """
+        if self.fused is None:
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         return self._decode() if self.dense is None else self.get_buffer("dense")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from pathlib import Path
 from windquant import configuration, result_file
 from windquant.checkpoint.card import card
 from windquant.checkpoint.files import check, check_plan, measure, read_config
-from windquant.checkpoint.header import weight_files
 from windquant.errors import WindquantError
+from windquant.header import weight_files
 from windquant.plan import Plan
 
 

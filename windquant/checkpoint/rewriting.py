@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from windquant.checkpoint.files import Measured, measure
-from windquant.checkpoint.header import entries, put, weight_files
+from windquant.header import entries, put, weight_files
 
 
 def rewrite(source: Path, folder: Path, changes: Iterable[tuple[str, Tensor]]) -> Measured:

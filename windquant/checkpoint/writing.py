@@ -18,7 +18,7 @@ from torch import Tensor
 
 from windquant.checkpoint import card, description
 from windquant.checkpoint.files import Measured, measure
-from windquant.checkpoint.header import Entry, lay_out, put
+from windquant.header import Entry, lay_out, put
 from windquant.packed import Layout
 from windquant.plan import Plan
 
