@@ -233,6 +233,13 @@ def never(choice: Choice) -> float:
     raise AssertionError("must not be measured")
 
 
+def test_a_minibatch_of_one_decision(make_bank: Callable[..., Bank]) -> None:
+    """Ten an update, in batches of three: the last one has no deviation."""
+    options = dataclasses.replace(QUICK, episodes=5, n_envs=5, evaluations=0)
+    found = search(make_bank(layers=1), 0, options, never)
+    assert all(value.isfinite().all() for value in found.tensors.values())
+
+
 def test_without_measurements_the_predicted_errors_pay(small_bank: Bank) -> None:
     found = search(small_bank, 0, dataclasses.replace(QUICK, evaluations=0), never)
     best = small_bank.predicted_loss(lagrangian.allocate(small_bank, 2.4))

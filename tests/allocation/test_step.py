@@ -100,6 +100,11 @@ def test_a_layer_policy_gives_every_layer_one_action(
     mixed = [row for row in plan.actions.values() if len(set(row)) > 1]
     assert len(mixed) <= 0.3 * len(plan.actions), "what is left of the budget may split a few"
     assert len({tuple(set(row)) for row in plan.actions.values()}) > 1
+    outside = Plan.load(
+        allocate(tmp_path, bank, "--search", "search.safetensors", "--allocator", "layer", "--target-bits", "6")
+    )
+    assert outside.search["chosen"] == "lagrangian"
+    assert outside.search["reason"].startswith("the search is for ")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def learned(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[st
     baseline = lagrangian.allocate(bank, settings.target_bits)
     confirm = settings.confirm and settings.allocator == "ppo"
     measured = confirm and not settings.transfer  # what was measured on another model says nothing about this one
-    reason = found.doubt(settings.target_bits) if measured else found.reason
+    reason = found.doubt(settings.target_bits) if measured else found.reason or found.outside(settings.target_bits)
     document = found.search | {"chosen": "lagrangian"}
     if reason:
         return baseline, document | {"reason": reason, "fallback": found.exploded(settings.target_bits)}

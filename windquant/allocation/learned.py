@@ -85,9 +85,8 @@ class Learned:
         """Why the policy's plan for a target should not be taken unseen; empty where nothing speaks against it."""
         if self.reason:
             return self.reason
-        low, high = self.targets
-        if not low <= target_bits <= high:
-            return f"the search is for {low:g} to {high:g} bits (search.targets)"
+        if outside := self.outside(target_bits):
+            return outside
         near = self._nearest(target_bits)
         if near is None:
             return ""
@@ -96,6 +95,11 @@ class Learned:
         if near["policy"] >= near["lagrangian"]:
             return f"the learned plan did not measure better at {near['target']:.4g} bits"
         return ""
+
+    def outside(self, target_bits: float) -> str:
+        """Why a target is not one of the search's; empty where it is."""
+        low, high = self.targets
+        return "" if low <= target_bits <= high else f"the search is for {low:g} to {high:g} bits (search.targets)"
 
     def exploded(self, target_bits: float) -> bool:
         """Whether the policy's measured plan nearest to a target has no finite loss."""

@@ -130,12 +130,15 @@ class Search:
 
     def trainer(self, env: AllocationVecEnv) -> MaskablePPO:
         steps = -(-len(self.bank.linear) // UPDATES)
+        samples = steps * env.num_envs
+        batch = -(-samples // MINIBATCHES)
         kwargs = {"layout": env.walk.layout, "hidden": self.settings.hidden, "warm": self.settings.warm_start}
         ppo = MaskablePPO(
             AllocationPolicy,
             env,
             n_steps=steps,
-            batch_size=-(-steps * env.num_envs // MINIBATCHES),
+            batch_size=batch,
+            normalize_advantage=batch > 1 and samples % batch != 1,  # one sample has no deviation to divide by
             n_epochs=self.settings.epochs,
             learning_rate=self.settings.learning_rate,
             gamma=1.0,
