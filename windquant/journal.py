@@ -60,6 +60,7 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder.absolute() / f"{now()}-{uuid.uuid4().hex[:12]}{SUFFIX}"  # sorts by start
         self._artifacts = 0
+        self._torn = False  # whether the last line is not whole
         self._mutex = threading.Lock()
         beside = self.path.with_suffix(".new")  # a sender must never see it without its lock
         self._file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -70,7 +71,9 @@ class Writer:
     def write(self, kind: str, **content: Any) -> None:
         line = (json.dumps({"kind": kind, "time": now(), **content}) + "\n").encode()
         with self._mutex:
-            if os.write(self._file, line) < len(line):
+            line = b"\n" * self._torn + line  # what comes after a line that was cut off is one of its own
+            self._torn = os.write(self._file, line) < len(line)
+            if self._torn:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def artifact(self, path: Path, folder: str | None, name: str, parent: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Tracking in a real MLflow store: parents, children, and what becomes of them when something dies."""
 
 import json
+import os
 import random
 import sqlite3
 import threading
@@ -303,6 +304,19 @@ def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: MLflow: ")
     assert "logs/tracking: File exists" in line
+
+
+def test_after_a_line_that_was_cut_off_the_next_one_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the disk is full for a moment."""
+    writer = journal.Writer(Path("logs/tracking"))
+    whole = os.write
+    with monkeypatch.context() as full:
+        full.setattr(journal.os, "write", lambda file, line: whole(file, line[:9]))
+        with pytest.raises(OSError, match="No space left"):
+            writer.write("metrics")
+    writer.write("end")
+    writer.close()
+    assert [event["kind"] for event in journal.read(writer.path, 0)[0]] == ["start", "end"]
 
 
 def test_metrics_are_sent_while_the_step_runs() -> None:

@@ -131,6 +131,8 @@ def test_next_version_replaces_the_last(author: Path, snakemake: Snakemake) -> N
     with changed(second / "config" / "config.yaml", (second / "config" / "config.yaml").read_text() + "seed: 3\n"):
         target = f"data/calibration/{MODEL}.manifest.json"
         assert snakemake(second, target).returncode == 0
+        for name in (GREEDY, f"{GREEDY}.manifest.json"):
+            (second / name).unlink()
         output = windquant(second, "push")
         assert "warning: not committed, so a clone will not have it: config/config.yaml" in output
         assert "warning: Snakemake would make results again here, and so it would in a clone: " in output
@@ -138,6 +140,9 @@ def test_next_version_replaces_the_last(author: Path, snakemake: Snakemake) -> N
         git(reader, "pull", "--quiet", str(second))
     windquant(reader, "pull")
     assert json.loads((reader / target).read_text())["seed"] == 3
+    assert not (reader / GREEDY).exists(), "its author has removed it"
+    assert not (reader / f"{GREEDY}.manifest.json").exists()
+    assert (reader / RESULT).exists()
     assert again(reader, snakemake, target) == {}
     assert again(reader, snakemake, BANK) == {"statistics": 1, "bank": 1}
 

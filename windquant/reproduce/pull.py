@@ -41,9 +41,14 @@ def pull(root: Path, models: bool = True, force: bool = False) -> None:
             f"{lost[0]}{more}: not pushed, and pull would remove it; `make push` first, on a branch of your own if "
             "data.dvc has changed meanwhile, or `python -m windquant pull --force`"
         )
+    before = {path.name: md5(path) for path in (root / TRAVELLING_RESULTS).glob("*") if path.is_file()}
     shutil.rmtree(root / integrity.MEMORY, ignore_errors=True)  # what follows changes artifacts on purpose
     store.checkout()
     copy_changed(root / TRAVELLING_RESULTS, root / RESULTS)
+    for name, digest in before.items():  # what an earlier pull has brought, and whoever pushed has removed since
+        path = root / RESULTS / name
+        if not (root / TRAVELLING_RESULTS / name).exists() and path.is_file() and md5(path) == digest:
+            path.unlink()
     for warning in originals.restore(root, fetch=models):
         print(f"warning: {warning}", file=sys.stderr)
     travelling = records.load(root / TRAVELLING_RECORDS)
