@@ -35,6 +35,8 @@ def run(task: "Task", settings: Settings) -> None:
     if len(models) != 1:
         raise WindquantError(f"--results: cannot compare different values of model: {', '.join(models)}")
     table = pd.DataFrame([row(path, entry) for path, entry in zip(paths, results, strict=True)])
+    if (twice := table.duplicated([*NAMES, "seed"])).any():
+        raise WindquantError(f"--results: {paths[int(twice.argmax())]} is another one's model, budget and seed again")
     actions = [str(name) for name in table if str(name).startswith("actions_")]
     table[actions] = table[actions].fillna(0)  # what a plan does not use
     groups = table.groupby(NAMES, sort=False, dropna=False)

@@ -56,6 +56,11 @@ def test_comparison_of_seeds_changes_and_budgets(capsys: pytest.CaptureFixture[s
     assert list(shares["actions_trellis-1"]) == [0.95]
     assert list(shares["actions_trellis-2"]) == [0.05], "a plan without it has none of it"
 
+    Path("results/m_2.0bits.ppo-5.json").write_text(Path(paths[0]).read_text())  # the usual seed under another name
+    with pytest.raises(SystemExit):
+        compare(*paths, "results/m_2.0bits.ppo-5.json")
+    assert "results/m_2.0bits.ppo-5.json is another one's model, budget and seed again" in capsys.readouterr().err
+
     other = json.loads(Path(paths[0]).read_text()) | {"model": "n"}
     Path("results/n_2.0bits.json").write_text(json.dumps(other))
     with pytest.raises(SystemExit):

@@ -60,6 +60,15 @@ def test_results_on_other_texts_and_tasks(entry: dict[str, Any]) -> None:
     ]  # fmt: skip
 
 
+def test_what_was_made_anew_since_is_not_shown_as_the_results_own(entry: dict[str, Any]) -> None:
+    (found,) = gather.experiments([Path("results/r.json")])
+    assert "quantized" in found.inputs
+    make("recovery", "ppo.after", checkpoint(9, curve=[1.0, 0.5]), checkpoint="ppo.before")
+    (found,) = gather.experiments([Path("results/r.json")])
+    assert found.plan is not None
+    assert "quantized" not in found.inputs
+
+
 def test_changes_and_seeds_are_told_apart(entry: dict[str, Any]) -> None:
     names = {"": 2.0, ".ppo-chunk64": 2.0, ".ppo-1": 2.0}
     paths = [save(f"m_{bits}bits{name}.json", entry) for name, bits in names.items()]

@@ -114,8 +114,14 @@ def experiments(paths: Sequence[Path]) -> list[Experiment]:
 def experiment(path: Path) -> Experiment:
     entry = result_file.load(path)
     manifest = Manifest.load(path) if manifest_path(path).is_file() else None
-    inputs = {name: Path(value["path"]) for name, value in manifest.inputs.items()} if manifest else {}
+    inputs = {name: Path(value["path"]) for name, value in manifest.inputs.items() if _same(value)} if manifest else {}
     return Experiment(path, entry, inputs)
+
+
+def _same(value: Mapping[str, str]) -> bool:
+    """Whether the artifact is here still, and not one that was made since."""
+    path = Path(value["path"])
+    return manifest_path(path).is_file() and Manifest.load(path).output["sha256"] == value["sha256"]
 
 
 def quality(entry: Mapping[str, Any]) -> float:

@@ -72,8 +72,8 @@ def page(found: Sequence[Experiment], peers: Sequence[Peer] = ()) -> str:
         missing = [name for name in ("plan", "quantized") if e.manifest(name) is None]
         if missing:
             parts.append(
-                f'<p class="soft">Not on this machine, so not shown: {" and ".join(missing)} of this result. '
-                "<code>make pull</code> gets them, or the commands above make them.</p>"
+                f'<p class="soft">Not on this machine, or made anew since, so not shown: {" and ".join(missing)} of '
+                "this result. <code>make pull</code> gets them, or the commands above make them.</p>"
             )
         parts.append(f"<details><summary>What this result was made from</summary>{table(making(e), 'words')}</details>")
     body = "\n".join(parts)

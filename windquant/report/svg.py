@@ -44,6 +44,7 @@ svg .hollow { fill: var(--page); stroke-width: 1.75; }
     + "\n"
 )
 SERIES = 8  # number of colours
+ROOM = 0.06  # around values, as a share of their span
 Point = tuple[float, float]
 
 
@@ -176,14 +177,14 @@ class Scale:
         return log_ticks(self.low, self.high) if self.log else nice_ticks(self.low, self.high)
 
 
-def extent(values: Iterable[float], log: bool = False, pad: float = 0.06, least: float = 0.0) -> tuple[float, float]:
+def extent(values: Iterable[float], log: bool = False, least: float = 0.0) -> tuple[float, float]:
     """Lowest and highest value with some room; at least `least` apart (as a ratio minus one on a log scale)."""
     found = [value for value in values if math.isfinite(value)] or [1.0]
     low, high = min(found), max(found)
     if log:
-        room = max(math.log(high / low) * pad, math.log1p(least) / 2, 0.02)
+        room = max(math.log(high / low) * ROOM, math.log1p(least) / 2, 0.02)
         return low * math.exp(-room), high * math.exp(room)
-    room = max((high - low) * pad, (least - (high - low)) / 2, abs(high) * 1e-3, 1e-9)
+    room = max((high - low) * ROOM, (least - (high - low)) / 2, abs(high) * 1e-3, 1e-9)
     return low - room, high + room
 
 
@@ -197,7 +198,6 @@ class Plot:
     y_label: str
     width: float = 480.0
     height: float = 330.0
-    x_log: bool = False
     y_log: bool = False
     parts: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)  # above all else
@@ -207,7 +207,7 @@ class Plot:
     bottom: float = 46.0
 
     def __post_init__(self) -> None:
-        self.sx = Scale(*self.x, self.left, self.width - self.right, self.x_log)
+        self.sx = Scale(*self.x, self.left, self.width - self.right)
         self.sy = Scale(*self.y, self.height - self.bottom, self.top, self.y_log)
 
     def line(self, points: Sequence[Point], series: int, kind: str = "line") -> None:
@@ -266,16 +266,15 @@ def tick(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def legend(entries: Sequence[tuple[str, int]], hollow: Sequence[tuple[str, int]] = ()) -> str:
+def legend(entries: Sequence[tuple[str, int]]) -> str:
     """A line of marks and names, as HTML: it wraps where a picture cannot."""
-    items = [(name, series, False) for name, series in entries] + [(name, series, True) for name, series in hollow]
     shapes = [
         element(
             "span",
-            element("svg", mark(8, 8, series, name, empty), viewBox="0 0 16 16", width=16, height=16,
+            element("svg", mark(8, 8, series, name), viewBox="0 0 16 16", width=16, height=16,
                     aria_hidden="true"),
             " " + escape(name),
         )
-        for name, series, empty in items
+        for name, series in entries
     ]  # fmt: skip
     return element("p", *shapes, class_="legend")
