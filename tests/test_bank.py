@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.checkpoint.making import ARCHITECTURES, save_tokenizer, tiny
 from tests.families import NAMES, WINDOW, Prepared, family, prepare, run, statistics_of, token_ids
 from windquant import bank as module, checkpoint, models, streaming
-from windquant.bank import Bank, make, unit_errors
+from windquant.bank import Bank, lowest_bits, make, unit_errors
 from windquant.decoder import quantizable
 from windquant.errors import WindquantError
 from windquant.feedback import column_order, factor, quantize_linear
@@ -263,6 +263,7 @@ def test_lowest_bits_is_the_cheapest_plan() -> None:
     assert 0 <= bank.lowest_bits() - bank.effective_bits(cheapest) < 1e-4
     assert bank.plan(cheapest, allocator="a", target_bits=bank.lowest_bits(), seed=0).effective_bits > 1
     assert all(bank.effective_bits(any_choice(bank, seed)) >= bank.effective_bits(cheapest) for seed in range(20))
+    assert lowest_bits(bank.linears, bank.units, bank.actions) == pytest.approx(bank.effective_bits(cheapest), abs=1e-9)
     first = bank.bytes == bank.bytes.min(axis=1, keepdims=True)
     unavailable = dataclasses.replace(bank, errors=np.where(first, np.inf, bank.errors))
     assert unavailable.lowest_bits() > bank.lowest_bits()

@@ -139,6 +139,8 @@ def test_a_models_own_section_wins_over_the_shared_one_and_that_over_the_default
         ({"models": {"a": HUB}, "recovery": {"steps": True}}, "recovery.steps: True is not of type 'integer', 'null'"),
         ({"models": {"a": HUB}, "evaluation": {"tasks": "cloze"}}, "evaluation.tasks: 'cloze' is not of type 'array'"),
         ({"models": {"a": HUB}, "seed": -1}, "seed: -1 is less than the minimum of 0"),
+        ({"models": {"a": HUB}, "seed": 2**32}, "seed: 4294967296 is greater than the maximum of 4294967295"),
+        ({"models": {"a": HUB}, "seeds": [0, 0]}, "seeds: [0, 0] has non-unique elements"),
     ],
 )
 def test_what_is_refused(config: dict[str, Any], message: str) -> None:
@@ -169,6 +171,35 @@ def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
     assert (checked["units"]["protected"], checked["recovery"]["steps"]) == (0.03, 4)
 
 
+def test_whole_numbers_are_whole_however_they_are_written() -> None:
+    config = yaml.safe_load(
+        "models: {a: {source: hub, id: a/b, seed: 2.0}}\nseeds: [0, 1.0]\nstatistics: {batch: 1e1}\n"
+        "recovery: {steps: 8.0, norm_rate: 1.0}"
+    )
+    checked = configuration.validate(config, SCHEMA)
+    found = [checked["models"]["a"]["seed"], *checked["seeds"], checked["statistics"]["batch"]]
+    found += checked["recovery"].values()
+    assert found == [2, 0, 1, 10, 8, 1.0]
+    assert [type(value) for value in found] == [int] * 5 + [float]
+    with pytest.raises(WindquantError, match=r"statistics\.batch: 8\.5 is not of type 'integer'"):
+        configuration.validate({"models": {"a": HUB}, "statistics": {"batch": 8.5}}, SCHEMA)
+
+
+def test_what_is_given_for_one_call_holds_for_models_with_settings_of_their_own() -> None:
+    given = {"units": {"chunk": 64}, "evaluation": {"windows": 0}, "seed": 3, "recovery": {"steps": 9}}
+    given["ablations"] = {"chunk": {"chunk48": {"units": {"chunk": 48}}}}
+    own = {"units": {"chunk": 192, "protected": 0}, "evaluation": {"windows": 16}, "seed": 1, "ablations": {"x": {}}}
+    config = {**given, "models": {"a": {**HUB, **own}, "b": HUB}}
+    checked = configuration.overruled(config, given)
+    for name in ("a", "b"):
+        found = configuration.resolve(checked, SCHEMA, name)
+        assert (found["units"]["chunk"], found["evaluation"]["windows"], found["seed"]) == (64, 0, 3)
+        assert found["recovery"]["steps"] == 9
+        assert "chunk48" in configuration.study(checked, SCHEMA, name, "ablations")["chunk"]
+    assert configuration.resolve(checked, SCHEMA, "a")["units"]["protected"] == 0
+    assert configuration.overruled({"models": None}, given) == {"models": None}
+
+
 def test_unknown_models_bits_and_allocators() -> None:
     with pytest.raises(WindquantError, match="unknown model lama2-7b, did you mean llama2-7b"):
         configuration.resolve(CONFIG, SCHEMA, "lama2-7b")
@@ -177,7 +208,13 @@ def test_unknown_models_bits_and_allocators() -> None:
     for bits in ("0.99", "16.01", "-2", "0"):
         with pytest.raises(WindquantError, match=f"{bits} bits: impossible; give 1 to 16"):
             configuration.check_bits(bits)
-    assert configuration.check_bits("2.0") == 2.0
+    assert configuration.check_bits("2.0") == configuration.named_bits("2.0") == 2.0
+    for bits, right in (("2", "2.0"), ("2.50", "2.5"), ("02.0", "2.0")):
+        with pytest.raises(WindquantError, match=f"^{bits}bits: .* have {right}bits"):
+            configuration.named_bits(bits)
+    for name in ("ppo-01", "random-4294967296"):
+        with pytest.raises(WindquantError, match=f"{name}: seeds go from 0 to 4294967295"):
+            configuration.variant(name, [])
 
 
 @pytest.mark.parametrize(

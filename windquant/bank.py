@@ -253,6 +253,18 @@ def make(
     )
 
 
+def lowest_bits(linears: Sequence[Linear], units: Units, names: list[str]) -> float:
+    """The lowest target that these linears allow, as `Bank.lowest_bits` but without a bank."""
+    form = units.format()
+    entries = [action(name, form.window, form.dtype) for name in names]
+    size = 0
+    for linear in linears:
+        widths = chunk_widths(linear.columns, protected_count(linear.columns, form.protected), form.chunk)
+        size += sum(min(unit_bytes(entry, linear.rows, width) for entry in entries) for width in widths)
+        size += fixed_bytes(linear, form)
+    return 8 * size / sum(linear.weights for linear in linears)
+
+
 def unit_errors(chunk: Tensor, conditional: Tensor, fisher: Tensor, entries: list[Treatment]) -> list[float]:
     """Predicted loss increase of every action of one unit, nats per token.
 

@@ -27,6 +27,7 @@ ALLOCATORS = ("ppo", "uniform", "greedy", "lagrangian", "random", "layer", "evol
 LEARNED = ("ppo", "layer")  # those that take a policy
 MEASURING = (*LEARNED, "evolution")  # those that spend measurements
 SEEDLESS = ("uniform", "greedy", "lagrangian")  # those that draw nothing: the same plan with every seed
+HIGHEST_SEED = 2**32 - 1  # numpy takes no other
 LOWEST_BITS, HIGHEST_BITS = 1.0, 16.0  # the bank knows the exact lowest ones: they depend on the metadata
 
 
@@ -80,25 +81,53 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
+def overruled(config: Config, given: Config) -> dict[str, Any]:
+    """The configuration, with what was `given` for one call in the place of what models' entries say themselves."""
+    models = config.get("models")
+    if not isinstance(models, Mapping):
+        return dict(config)
+    return {**config, "models": {name: _laid_over(entry, given) for name, entry in models.items()}}
+
+
+def _laid_over(entry: Any, given: Config) -> Any:
+    """A model's entry with new values for the sections that it has."""
+    if not isinstance(entry, Mapping):
+        return entry
+    own = {key: value for key, value in given.items() if key in entry}
+    for key, value in own.items():
+        if isinstance(value, Mapping) and isinstance(entry[key], Mapping):
+            own[key] = {**entry[key], **value}
+    return {**entry, **own}
+
+
 def validate(config: Config, schema: Config) -> dict[str, Any]:
-    """The configuration, with numbers that YAML or the command line took for text (6e-3) made numbers again.
+    """The configuration, with numbers that YAML or the command line took for text (6e-3) made numbers again, and whole
+    ones that were written otherwise (8.0) whole.
 
     Raises WindquantError for a key that is unknown or missing and for a value that cannot be.
     """
     import jsonschema
 
-    validator = jsonschema.Draft202012Validator(schema)
+    standard = jsonschema.Draft202012Validator
+    whole = standard.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)  # JSON's 8.0 is one, too
+    validator = jsonschema.validators.extend(standard, type_checker=whole)(schema)
     checked = copy.deepcopy(dict(config))
     for error in list(validator.iter_errors(checked)):
-        if error.validator in ("type", "anyOf") and isinstance(error.instance, str):
+        if error.validator in ("type", "anyOf") and isinstance(error.instance, str | float):
             with contextlib.suppress(ValueError):
+                value = json.loads(str(error.instance))
                 *path, key = error.absolute_path
-                functools.reduce(operator.getitem, path, checked)[key] = json.loads(error.instance)
+                functools.reduce(operator.getitem, path, checked)[key] = _whole(value)
     errors = sorted(validator.iter_errors(checked), key=_severity)
     if errors:
         raise WindquantError(f"configuration: {_message(errors[0], schema)}")
     _check_targets(checked)
     return checked
+
+
+def _whole(value: Any) -> Any:
+    """8 for 8.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_targets(config: Config, where: str = "") -> None:
@@ -184,6 +213,8 @@ def variant(text: str, known: Iterable[str]) -> Variant:
             f"{text}: give an allocator, a change and a seed, as in ppo-chunk32-1; the last two may miss"
         )
     parsed = _variant(found)
+    if parsed.seed is not None and (parsed.seed > HIGHEST_SEED or parsed.name != text):
+        raise WindquantError(f"{text}: seeds go from 0 to {HIGHEST_SEED}, without zeros before them")
     if parsed.change and parsed.change not in known:
         hint = did_you_mean(parsed.change, known)
         raise WindquantError(f"unknown change {parsed.change}{hint}; the ablations have {', '.join(known) or 'none'}")
@@ -235,6 +266,14 @@ def check_bits(text: str) -> float:
     bits = float(text)
     if not LOWEST_BITS <= bits <= HIGHEST_BITS:
         raise WindquantError(f"{text} bits: impossible; give {LOWEST_BITS:g} to {HIGHEST_BITS:g} bits per weight")
+    return bits
+
+
+def named_bits(text: str) -> float:
+    """`check_bits` of a file name, in which every number has one spelling, so that nothing is made twice."""
+    bits = check_bits(text)
+    if text != str(bits):
+        raise WindquantError(f"{text}bits: the names of this budget's files have {bits}bits")
     return bits
 
 

@@ -68,6 +68,33 @@ def find(model: str) -> tuple[Shape, Settings]:
         ) from error
 
 
+def check_bits(resolved: Settings, bits: float) -> None:
+    """Refuse a budget that scales, orders and protected columns alone exceed, before the first step; the allocation
+    does so by the byte.
+    """
+    shape = known(resolved["model"])
+    if shape is None or bits >= 2:  # no sensible setting takes so much
+        return
+    from windquant.bank import lowest_bits  # torch takes seconds
+    from windquant.plan import Units
+    from windquant.quantizers import menu
+    from windquant.units import Linear
+
+    settings = resolved["units"]
+    units = Units(settings["chunk"], settings["protected"], settings["window"], settings["order"], "bfloat16")
+    linears = [
+        Linear(str(place), "", 0, str(owner), *size)
+        for place, (owner, size) in enumerate(zip(shape.OWNERS, shape.linears, strict=True))
+    ]
+    lowest = lowest_bits(linears, units, menu(settings["treatment"]))
+    if bits < lowest:
+        name = resolved["model"]["name"]
+        raise WindquantError(
+            f"{name} at {bits:g} bits: with scales, orders and protected columns the lowest possible target is about "
+            f"{lowest:.2f}; ask for more bits, larger chunks (units.chunk) or less protection (units.protected)"
+        )
+
+
 def check_room(
     resolved: Settings, bits: float, allocator: str, cores: int, on_gpu: bool, made: Collection[str] = ()
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from windquant import dependencies, settings
-from windquant.configuration import STEPS
+from windquant.configuration import HIGHEST_SEED, STEPS
 
 SCHEMA = Path("workflow/schemas/config.schema.yaml")
 README = Path("config/README.md")
@@ -42,13 +42,15 @@ STUDIES: dict[str, dict[str, Any]] = {
         "type": "array",
         "items": BITS,
         "minItems": 1,
+        "uniqueItems": True,
         "default": [1.75, 2.0, 2.25, 2.5, 3.0, 4.0],
         "description": "bits of the results in results/<model>.pareto.csv and its picture",
     },
     "seeds": {
         "type": "array",
-        "items": {"type": "integer", "minimum": 0},
+        "items": {"type": "integer", "minimum": 0, "maximum": HIGHEST_SEED},
         "minItems": 1,
+        "uniqueItems": True,
         "default": [0, 1, 2],
         "description": "of the results of every allocator in results/<model>_<bits>bits.comparison.csv",
     },
@@ -127,7 +129,7 @@ def schema() -> dict[str, Any]:
     model = sections.pop("model")
     model.pop("name")  # the key of the entry
     references = {name: {"$ref": f"#/$defs/{name}"} for name in SECTIONS}
-    seed = {"type": "integer", "minimum": 0, "default": 0, "description": SEED}
+    seed = {"type": "integer", "minimum": 0, "maximum": HIGHEST_SEED, "default": 0, "description": SEED}
     needs = [
         {"if": {"properties": {"source": {"const": source}}}, "then": {"required": [key]}}
         for source, key in (("hub", "id"), ("folder", "path"))
@@ -183,7 +185,7 @@ def readme(schema: Mapping[str, Any]) -> str:
         "a key for one call, and `--configfile FILE` lays a file of your own over it. A wrong key or value is refused "
         "before anything runs.",
         "What holds for a model is, in this order: the default, the section in `config.yaml`, the same section in the "
-        "model's own entry.",
+        "model's own entry, `--config`.",
         "A setting that changes reruns the steps that use it and what follows from them, and nothing else.",
         f"## models\n\n{MODELS} {MODEL}",
         _table({name: value for name, value in model.items() if name != "seed"}),

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from windquant.errors import WindquantError
 
@@ -55,6 +55,9 @@ class Shape:
         """Rows and columns of the linears of one layer."""
         h, i = self.hidden, self.intermediate
         return [(self.queries, h), (self.keys, h), (self.keys, h), (h, self.queries), (i, h), (i, h), (h, i)]
+
+    #: Of each of these, the first one that reads the same input.
+    OWNERS: ClassVar = (0, 0, 0, 3, 4, 4, 6)
 
     @property
     def inputs(self) -> list[int]:

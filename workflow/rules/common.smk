@@ -9,7 +9,7 @@
 import hashlib
 import os
 import sys
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 ROOT = Path(str(workflow.basedir))
@@ -38,9 +38,10 @@ if sys.stderr.isatty():  # the steps' bars go there, past the pipes into their l
 def one_line(function):
     """Bad input is one line for the user, not a traceback: nothing has been started yet."""
 
-    def wrapped(*arguments):
+    @wraps(function)  # Snakemake asks for the arguments by name
+    def wrapped(*arguments, **named):
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         except WindquantError as error:
             raise SystemExit(f"error: {error}") from None
 
@@ -48,7 +49,7 @@ def one_line(function):
 
 
 SCHEMA = one_line(configuration.load)(ROOT / "workflow" / "schemas" / "config.schema.yaml")
-CONFIG = one_line(configuration.validate)(config, SCHEMA)
+CONFIG = one_line(configuration.validate)(configuration.overruled(config, workflow.config_settings.config), SCHEMA)
 
 
 @cache
@@ -215,10 +216,11 @@ def made(wildcards):
 @one_line
 def bank_of_plan(wildcards):
     """The bank that a plan is made from; bits, allocator and, on this machine, memory and disk are checked on the way."""
-    bits = configuration.check_bits(wildcards.bits)
+    bits = configuration.named_bits(wildcards.bits)
     allocator = variant(wildcards).allocator
     finished = Path(result_of(wildcards.model, wildcards.bits, wildcards.allocator)).exists()
     if workflow.is_main_process and workflow.local_exec and not workflow.dryrun and not finished:
+        estimate.check_bits(holds(wildcards), bits)
         estimate.check_room(holds(wildcards), bits, allocator, CORES, bool(GPUS), made(wildcards))
     return bank_of(wildcards)
 
@@ -320,7 +322,11 @@ def finished_results():
 def default_result():
     """The default result, unless others are here without it, or its model is not configured."""
     there = finished_results()
-    return [DEFAULT] if "smollm2-135m" in CONFIG["models"] and (DEFAULT in there or not there) else []
+    ready = "smollm2-135m" in CONFIG["models"]
+    if not there and not ready:
+        example = result_of(next(iter(CONFIG["models"])), 2.0, "ppo")
+        raise SystemExit(f"error: results/report.html: no result is here yet; ask for one first, e.g. {example}")
+    return [DEFAULT] if ready and (DEFAULT in there or not there) else []
 
 
 def other_results():
