@@ -56,7 +56,7 @@ def find(model: str) -> tuple[Shape, Settings]:
     if found := known(entry):
         return found, resolved
     if entry["source"] != "hub":
-        raise WindquantError(f"models.{model}.path: {entry.get('path') or 'missing'} has no config.json")
+        raise WindquantError(f"models.{model}.path: {entry.get('path') or 'missing'} has no config.json with its sizes")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

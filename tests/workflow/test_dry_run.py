@@ -122,6 +122,8 @@ def test_an_ablation_repeats_what_its_changes_need(
         ("data/bank/nothing.safetensors", "unknown model nothing"),
         ("results/smollm2-135m_0.5bits.json", "0.5 bits: impossible; give 1 to 16 bits per weight"),
         ("results/smollm2-135m_17bits.json", "17 bits: impossible"),
+        ("results/smollm2-135m_2bits.json", "2bits: the names of this budget's files have 2.0bits"),
+        ("results/smollm2-135m_2.0bits.ppo-01.json", "ppo-01: seeds go from 0 to 4294967295, without zeros"),
         ("results/smollm2-135m_-2bits.greedy.json", "-2 bits: impossible"),
         ("results/smollm2-135m_2.0bits.gredy.json", "unknown allocator gredy, did you mean greedy?"),
         ("results/smollm2-135m_2.0bits.ppo-chunk33.json", "unknown change chunk33, did you mean chunk32?"),
@@ -163,3 +165,24 @@ def refused(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert message in lines[0]
     assert "Traceback" not in done.stdout
     assert done.stdout.rstrip().endswith(lines[0])
+
+
+def test_what_is_given_for_one_call_rules_over_the_models_own_settings(folder: Path, snakemake: Snakemake) -> None:
+    given = ["--config", "evaluation={windows: 0}", "units={chunk: 96}", "seed=4"]
+    done = snakemake(folder, "-n", "-p", "results/smollm2-135m_2.0bits.lagrangian.json", *given)
+    assert done.returncode == 0, done.stderr
+    assert set(re.findall(r"--(?:windows|chunk)=\d+|--seed \d+", done.stdout)) == {
+        "--windows=0", "--chunk=96", "--seed 4"
+    }  # fmt: skip
+
+
+def test_a_budget_below_the_metadata_is_refused_before_the_first_step(folder: Path, snakemake: Snakemake) -> None:
+    refused(
+        snakemake(folder, "results/smollm2-135m_1.02bits.json"), "the lowest possible target is about 1.04; ask for"
+    )
+    assert not (folder / "data").exists()
+
+
+def test_a_report_of_nothing_is_refused(tiny_clone: Callable[[], Path], snakemake: Snakemake) -> None:
+    done = snakemake(tiny_clone(), "results/report.html")
+    refused(done, "results/report.html: no result is here yet; ask for one first, e.g. results/tiny_2.0bits.json")

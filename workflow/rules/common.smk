@@ -322,11 +322,16 @@ def finished_results():
 def default_result():
     """The default result, unless others are here without it, or its model is not configured."""
     there = finished_results()
-    ready = "smollm2-135m" in CONFIG["models"]
-    if not there and not ready:
+    return [DEFAULT] if "smollm2-135m" in CONFIG["models"] and (DEFAULT in there or not there) else []
+
+
+@one_line
+def something_to_report(wildcards):
+    """`default_result`, and the refusal of a report of nothing."""
+    if not (found := default_result()) and not other_results():
         example = result_of(next(iter(CONFIG["models"])), 2.0, "ppo")
-        raise SystemExit(f"error: results/report.html: no result is here yet; ask for one first, e.g. {example}")
-    return [DEFAULT] if ready and (DEFAULT in there or not there) else []
+        raise WindquantError(f"results/report.html: no result is here yet; ask for one first, e.g. {example}")
+    return found
 
 
 def other_results():
