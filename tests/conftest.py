@@ -6,6 +6,7 @@ Tests run offline and on one thread each: pytest-xdist uses the cores.
 import hashlib
 import os
 import random
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -122,3 +123,9 @@ def make_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         return WheelFile(member.rpartition("/")[2], (part,), hashlib.sha256(content).hexdigest(), "MIT")
 
     return make
+
+
+@pytest.fixture
+def copy(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may change."""
+    return Path(shutil.copytree(tiny_model_folder, tmp_path / "copy"))
