@@ -170,12 +170,12 @@ def test_too_little_memory_is_told_with_the_estimate(tmp_path: Path, monkeypatch
 
 def test_a_budget_below_the_metadata_is_refused_before_anything_runs(tmp_path: Path) -> None:
     resolved = of_folder(tmp_path)
-    estimate.check_bits(resolved, 1.1)
+    estimate.check_lowest(resolved, 1.1)
     guarded = {**resolved, "units": {**resolved["units"], "protected": 0.05}}  # in 8 bits: 0.35 more
     with pytest.raises(WindquantError, match=r"big at 1\.3 bits: .* the lowest possible target is about 1\.4\d; ask"):
-        estimate.check_bits(guarded, 1.3)
-    estimate.check_bits(guarded, 1.5)
-    estimate.check_bits({**guarded, "model": {"name": "unknown", "source": "hub"}}, 1.0)
+        estimate.check_lowest(guarded, 1.3)
+    estimate.check_lowest(guarded, 1.5)
+    estimate.check_lowest({**guarded, "model": {"name": "unknown", "source": "hub"}}, 1.0)
 
 
 def test_what_has_been_made_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def find(model: str) -> tuple[Shape, Settings]:
         ) from error
 
 
-def check_bits(resolved: Settings, bits: float) -> None:
+def check_lowest(resolved: Settings, bits: float) -> None:
     """Refuse a budget that scales, orders and protected columns alone exceed, before the first step; the allocation
     does so by the byte.
     """

@@ -226,8 +226,10 @@ def configuration(folder: Path) -> Any:
         raise WindquantError(f"{folder}: no config.json; give a Hugging Face folder")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except StrictDataclassError as error:  # the key is on the first line, what is wrong with it on the next
         raise WindquantError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise WindquantError(f"{folder}/config.json: {first_line(error)}") from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:

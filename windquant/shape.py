@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,13 +103,14 @@ UNKNOWN = Shape(16, 2048, 8192, 2048, 512, 128256, True)
 
 
 def known(entry: Mapping[str, Any]) -> Shape | None:
-    """The shape of a model of the configuration, if its config.json is on this machine and tells."""
+    """The shape of a model of the configuration, if there is a config.json on this machine that gives it."""
     folders = [Path("resources/models") / entry["name"], Path(str(entry.get("path") or "")).expanduser()]
     for folder in folders:
         if (folder / "config.json").is_file():
-            with suppress(WindquantError):  # the step `model` says what is wrong with it, if anything is
+            try:
                 return read(folder / "config.json")
-            return None
+            except WindquantError:  # the step `model` says what is wrong with it, if anything is
+                return None
     return EMBEDDED.get(entry["name"]) if entry.get("source") == "embedded" else None
 
 

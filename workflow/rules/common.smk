@@ -220,7 +220,7 @@ def bank_of_plan(wildcards):
     allocator = variant(wildcards).allocator
     finished = Path(result_of(wildcards.model, wildcards.bits, wildcards.allocator)).exists()
     if workflow.is_main_process and workflow.local_exec and not workflow.dryrun and not finished:
-        estimate.check_bits(holds(wildcards), bits)
+        estimate.check_lowest(holds(wildcards), bits)
         estimate.check_room(holds(wildcards), bits, allocator, CORES, bool(GPUS), made(wildcards))
     return bank_of(wildcards)
 
