@@ -38,7 +38,6 @@ if workflow.is_main_process:
     integrity.check(set_aside=alone)
 
 
-include: "workflow/rules/experiment.smk"
 include: "workflow/rules/model.smk"
 include: "workflow/rules/calibration.smk"
 include: "workflow/rules/statistics.smk"

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from snakemake.persistence.file import FilePersistence
 
-from windquant import atomic, integrity, manifest, provenance
+from windquant import integrity, provenance
 from windquant.reproduce import records
 
-EXPERIMENT = "data/experiments/a.json"
 #: Snakemake cuts the mark of a long name into folders.
 LONG = f"data/checkpoints/{'m' * 200}/quantized"
 
@@ -23,12 +22,6 @@ def made(name: str) -> Path:
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("made")
-    return path
-
-
-def with_manifest(name: str) -> Path:
-    path = made(name)
-    atomic.manifest_path(path).write_text(json.dumps({"output": {"path": name, "sha256": manifest.sha256(path)}}))
     return path
 
 
@@ -65,26 +58,6 @@ def test_unfinished_outputs_and_their_marks_are_removed() -> None:
     assert snakemake._filter_incomplete_keys(outputs) == set()
 
 
-def test_a_whole_experiment_loses_its_mark_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest.Manifest, "load", lambda artifact: Document(artifact))
-    whole, half = with_manifest(EXPERIMENT), made("data/experiments/half.json")
-    atomic.manifest_path(half).write_text(json.dumps({"output": {"sha256": "0"}}))
-    outputs = [EXPERIMENT, f"{EXPERIMENT}.manifest.json", "s3://bucket/x/data/experiments/b.json", str(half)]
-    snakemake = mark(*outputs)
-    provenance.mend(alone=True)
-    assert whole.exists()
-    assert atomic.manifest_path(whole).exists()
-    assert not half.exists()
-    assert snakemake._filter_incomplete_keys(outputs) == set()
-
-
-class Document:
-    """Of a manifest, what is read here."""
-
-    def __init__(self, artifact: Path) -> None:
-        self.output = json.loads(atomic.manifest_path(artifact).read_text())["output"]
-
-
 def test_what_is_not_an_artifact_stays() -> None:
     outside, above, top = made("outside.txt"), made("data/../above.txt"), made("data/plans/a.json")
     outputs = [str(outside), "data/../above.txt", "s3://bucket/data/plan.json", "data"]
@@ -93,15 +66,6 @@ def test_what_is_not_an_artifact_stays() -> None:
     provenance.mend(alone=True)
     assert all(path.exists() for path in (outside, above, top, foreign))
     assert snakemake._filter_incomplete_keys(outputs) == set(outputs)
-
-
-def test_an_experiment_has_no_reason_to_be_made_again() -> None:
-    for name in (EXPERIMENT, "s3://bucket/data/experiments/b.json", "data/plans/a.json"):
-        record(name, 1, 2)
-    provenance.mend(alone=False)
-    assert code(EXPERIMENT) is None
-    assert code("s3://bucket/data/experiments/b.json") is None
-    assert code("data/plans/a.json") == "text of the rule"
 
 
 def test_a_failed_attempt_is_no_current_output() -> None:
@@ -122,7 +86,8 @@ def test_a_failed_attempt_is_no_current_output() -> None:
 
 def test_a_folder_that_leads_to_another_disk_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     disk = tmp_path / "disk"
-    with_manifest("disk/plan.json")
+    for name in ("disk/plan.json", "disk/plan.json.manifest.json"):
+        made(name)
     Path("data").mkdir()
     Path("data/plans").symlink_to(disk)
     assert [str(path) for path in integrity.artifacts()] == ["data/plans/plan.json"]

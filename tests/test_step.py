@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from windquant import atomic, control_groups, dependencies, manifest, step, tracking
+from windquant import atomic, control_groups, dependencies, manifest, result, step
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 
@@ -187,7 +187,7 @@ def test_notes_must_be_json() -> None:
         (["--seed", "x"], "error: --seed: 'x' is not a whole number"),
         ([], "error: the following arguments are required: --source"),
         (["--source", "no/such"], "error: --source no/such: no such file or folder"),
-        (["--source", ".", "--experiment", "no.json"], "error: --experiment no.json: not readable"),
+        (["--source", ".", "--experiment", "a_b"], "error: --experiment a_b: give a plan"),
         (["--source", ".", "--output", "."], "error: --output .: not the name of a file or folder to make"),
     ],
 )
@@ -289,7 +289,7 @@ def test_cache_outlives_a_failure_and_goes_after_success() -> None:
 
 
 def test_the_code_of_a_step_is_part_of_its_cache() -> None:
-    assert step.code_digest(tracking.run) == dependencies.digest("windquant.tracking")
+    assert step.code_digest(result.run) == dependencies.digest("windquant.result")
     assert step.code_digest(write) == ""  # not of the package
     keys = {step.cache_key("demo", {}, 0, {}, code) for code in ("a", "b")}
     assert len(keys) == 2

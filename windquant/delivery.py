@@ -173,7 +173,7 @@ class Delivery:
 
 def resolve(uri: str) -> str:
     """The store's address with the user's password, which is in the environment only."""
-    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    given = os.environ.get(store.URI, "")
     return given if given and store.without_password(given) == uri else uri
 
 

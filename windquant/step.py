@@ -97,7 +97,7 @@ def _parse(
         options: dict[str, Any] = {"nargs": "+"} if mark == "*" else {}
         parser.add_argument(settings_module.flag(name), type=Path, metavar="PATH", required=not mark, **options)
     parser.add_argument("--output", type=Path, metavar="PATH", required=True, help="file or folder to make")
-    parser.add_argument("--experiment", type=Path, metavar="JSON", help="log a child run of this experiment to MLflow")
+    parser.add_argument("--experiment", metavar="NAME", help="log to MLflow, as a step of this plan or model")
     settings_module.add_arguments(parser, Frame)
     settings_module.add_arguments(parser.add_argument_group("settings"), settings)
     return parser.parse_args(argv)

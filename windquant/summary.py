@@ -58,7 +58,7 @@ def times(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def interface() -> str:
     """The command that opens the MLflow UI of the store in use; without a password, for logs keep it."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_store.LOCAL
+    uri = os.environ.get(tracking_store.URI) or tracking_store.LOCAL
     public = tracking_store.without_password(uri)
     if uri.startswith("http"):
         return f"open {public} in a browser"

@@ -1,9 +1,8 @@
 """MLflow tracking: one parent run per experiment, one child run per step.
 
-    python -m windquant.tracking --output data/experiments/X.json --model smollm2-135m --bits 2.0 --allocator ppo
-
-names an experiment; every step that gets `--experiment data/experiments/X.json` logs a child run. The store is
-MLFLOW_TRACKING_URI, or else sqlite in mlflow.db in the current folder with the artifacts in mlartifacts/.
+A step that is told `--experiment smollm2-135m_2.0bits.ppo` logs a child run below that plan's run; one that all plans
+of a model share is told `--experiment smollm2-135m`. The store is MLFLOW_TRACKING_URI, or else sqlite in mlflow.db in
+the current folder with the artifacts in mlartifacts/.
 
 A step writes a journal (`journal.py`) and a process beside it, the sender (`sender.py`), passes it on to MLflow. So
 tracking never stops a step and hardly costs it time; what the store did not take becomes one line `warning: ...`.
@@ -11,35 +10,21 @@ tracking never stops a step and hardly costs it time; what the store did not tak
 
 import contextlib
 import getpass
-import json
 import os
 import re
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from windquant import journal, tracking_store as store
 from windquant.system_metrics import Sampler
 from windquant.tracking_store import Experiment
 
-if TYPE_CHECKING:
-    from windquant.step import Task
-
 RESTART_SECONDS, RESTARTS = 3.0, 3  # between two attempts to start a sender, and how many
 PATIENCE = 60.0  # seconds that a finished step waits for the sender to say whether the run has arrived
-
-
-@dataclass(frozen=True)
-class Settings:
-    model: str  # name of the model's entry in the configuration
-    bits: float | None = None  # target bits; none for the steps that all experiments of a model share
-    allocator: str | None = None  # what makes the plan
-    name: str = "windquant"  # MLflow experiment that holds the runs
 
 
 class Tracker:
@@ -104,7 +89,7 @@ class ChildRun(Tracker):
     """The run of one step, told to its journal. No method raises: a full disk ends the tracking, not the step."""
 
     def __init__(self, experiment: Experiment, step: str, name: str, **start: Any) -> None:
-        self.uri = experiment.uri
+        self.uri = store.address()
         self._folder = Path.cwd() / journal.FOLDER
         self._patient = True
         self._warned = False
@@ -117,7 +102,6 @@ class ChildRun(Tracker):
                 experiment=vars(experiment),
                 step=step,
                 name=name,
-                project=str(Path.cwd()),
                 **start,
             )
             start_sender(self._folder)
@@ -239,7 +223,7 @@ def _spawn(folder: Path) -> None:
 
 @contextlib.contextmanager
 def child(
-    experiment: Path | None,
+    experiment: str | None,
     step: str,
     params: Mapping[str, Any],
     seed: int = 0,
@@ -247,7 +231,7 @@ def child(
     commit: str | None = None,
     dirty: bool | None = None,
 ) -> Iterator[Tracker]:
-    """The tracker of one step; without an experiment file one that tracks nothing.
+    """The tracker of one step; without an experiment's name one that tracks nothing.
 
     The run ends FINISHED, FAILED (an exception) or KILLED (SIGTERM, Ctrl-C; by the sender after a SIGKILL).
     """
@@ -255,7 +239,7 @@ def child(
         yield Tracker()
         return
     tracker = ChildRun(
-        Experiment.load(experiment),
+        Experiment.named(experiment),
         step,
         name=f"{step} {variant(step, output)}".strip(),
         tags={"seed": str(seed), "artifact": str(output)},
@@ -295,22 +279,3 @@ def source_tags(commit: str | None, dirty: bool | None) -> dict[str, str]:
 
 def _warn(text: str) -> None:
     print("warning: MLflow:", " ".join(text.split())[:600], file=sys.stderr, flush=True)
-
-
-def run(task: "Task", settings: Settings) -> None:
-    """Write what the steps need to find their parent run. The run itself is made with the first of them."""
-    tags = {"model": settings.model, "target_bits": settings.bits, "allocator": settings.allocator}
-    document = Experiment(
-        tracking_uri=store.without_password(os.environ.get("MLFLOW_TRACKING_URI") or store.LOCAL),
-        name=settings.name,
-        key=uuid.uuid4().hex,
-        tags={name: str(value) for name, value in tags.items() if value is not None},
-    )
-    task.output.write_text(json.dumps(vars(document), indent=1) + "\n")
-    start_sender(Path.cwd() / journal.FOLDER)  # it takes a few seconds to get ready
-
-
-if __name__ == "__main__":
-    from windquant import step
-
-    step.main("experiment", run, Settings, light=True)

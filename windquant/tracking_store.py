@@ -15,10 +15,11 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
     from windquant.journal import Event
 
-LOCAL = "sqlite:///mlflow.db"  # relative to the project, so that the experiment file means the same in a clone
+LOCAL = "sqlite:///mlflow.db"  # in the current folder, which is the project's
+MLFLOW_EXPERIMENT = "windquant"  # that holds all runs
+CLONE = "WINDQUANT_CLONE"  # what tells this clone from others on a common server
+URI = "MLFLOW_TRACKING_URI"
 LOCK_SECONDS = 60.0  # to wait for another process that works on the store
 EXPERIMENT_TAG = "windquant.experiment"  # identifies an experiment in any store, whatever its run id there
 RUN_TAG = "windquant.run"  # the same for the run of a step
@@ -50,27 +54,42 @@ PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000
 
 @dataclass(frozen=True)
 class Experiment:
-    """The content of `data/experiments/X.json`."""
+    """Whose parent run a step belongs to: a plan's, or that of all plans of a model."""
 
-    tracking_uri: str
-    name: str  # of the MLflow experiment
-    key: str  # identifies it in any store
+    key: str  # identifies the parent in any store
     tags: dict[str, str]  # of the parent, copied to the children
+    name: str = MLFLOW_EXPERIMENT
 
     @classmethod
-    def load(cls, path: Path) -> "Experiment":
-        try:
-            document = json.loads(path.read_text())
-            return cls(**{field.name: document[field.name] for field in fields(cls)})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise WindquantError(f"--experiment {path}: not readable ({error!r}); delete it and run again") from error
+    def named(cls, name: str) -> "Experiment":
+        """Of "smollm2-135m_2.0bits.ppo" or "smollm2-135m"; raises WindquantError for any other form."""
+        found = re.fullmatch(r"(?P<model>[^_]+)(_(?P<target_bits>[\d.]+)bits\.(?P<allocator>[a-z0-9-]+))?", name)
+        if found is None:
+            raise WindquantError(f"--experiment {name}: give a plan, as in smollm2-135m_2.0bits.ppo, or a model")
+        return cls(f"{name}.{clone()}", {tag: value for tag, value in found.groupdict().items() if value})
 
-    @property
-    def uri(self) -> str:
-        """The store: the environment's, or else the one of the file; a relative sqlite path made absolute."""
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or self.tracking_uri
-        database = sqlite_path(uri)
-        return f"sqlite:///{database}" if database else uri
+
+def clone() -> str:
+    """Eight letters for this clone: on a common server every one has parents of its own."""
+    here = f"{platform.node()}:{Path.cwd()}"
+    return os.environ.get(CLONE) or hashlib.sha256(here.encode()).hexdigest()[:8]
+
+
+def hand_down() -> list[str]:
+    """What jobs on other machines need of the environment to log as this clone, to the same store; sets the former.
+
+    Snakemake writes values on command lines, so an address with a password is not handed down.
+    """
+    os.environ.setdefault(CLONE, clone())
+    uri = os.environ.get(URI)
+    return [CLONE, URI] if uri and uri == without_password(uri) else [CLONE]
+
+
+def address() -> str:
+    """The store: the environment's, or else the project's own; a relative sqlite path made absolute."""
+    uri = os.environ.get(URI) or LOCAL
+    database = sqlite_path(uri)
+    return f"sqlite:///{database}" if database else uri
 
 
 def load_mlflow() -> "type[MlflowClient]":
@@ -112,24 +131,18 @@ def ensure_experiment(client: "MlflowClient", uri: str, name: str) -> str:
 
 def ensure_parent(client: "MlflowClient", experiment_id: str, experiment: Mapping[str, Any], start: "Event") -> str:
     """Id of the parent run for a step that now starts: the open one, or a new one."""
-    key = f"{experiment['key']}.{place(start['project'])}"
-    found = client.search_runs(
-        [experiment_id], f"tags.`{EXPERIMENT_TAG}` = '{key}'", max_results=1, order_by=["attributes.start_time DESC"]
-    )
+    same = f"tags.`{EXPERIMENT_TAG}` = '{experiment['key']}'"
+    found = client.search_runs([experiment_id], same, max_results=1, order_by=["attributes.start_time DESC"])
     if found and CLOSED_TAG not in found[0].data.tags:
         run_id = str(found[0].info.run_id)
         if found[0].info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
         return run_id
-    tags = {**experiment["tags"], **start["source"], "mlflow.source.name": "windquant", EXPERIMENT_TAG: key}
+    own = {"mlflow.source.name": "windquant", EXPERIMENT_TAG: experiment["key"]}
+    tags = {**experiment["tags"], **start["source"], **own}
     run = client.create_run(experiment_id, start["time"], tags, title(experiment["tags"]))
     log_params(client, run.info.run_id, experiment["tags"])
     return str(run.info.run_id)
-
-
-def place(project: str) -> str:
-    """Eight letters for a project's folder: a clone with pulled data has its own parents on a common server."""
-    return hashlib.sha256(project.encode()).hexdigest()[:8]
 
 
 def title(tags: Mapping[str, str]) -> str:
@@ -217,7 +230,7 @@ def close_parent(client: "MlflowClient", experiment_id: str, parent: str, event:
 
 
 def without_password(uri: str) -> str:
-    """The store's address without `user:password@`: journals and experiment files are no place for it."""
+    """The store's address without `user:password@`: journals are no place for it."""
     return re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 

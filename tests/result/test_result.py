@@ -20,7 +20,7 @@ from tests.result.experiment import (
     text,
     zero_shot,
 )
-from windquant import result, result_file, step, tracking
+from windquant import result, result_file, step
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.plan import Plan
@@ -190,9 +190,7 @@ def test_files_that_are_no_results() -> None:
 
 
 def test_the_parent_run_gets_the_result() -> None:
-    made = ["--model", "m", "--bits", "2.0", "--allocator", "ppo", "--output", "e.json"]
-    step.main("experiment", tracking.run, tracking.Settings, argv=made, light=True)
-    found = assemble(chain(), "results/r.json", "--experiment", "e.json")
+    found = assemble(chain(), "results/r.json", "--experiment", "m_2.0bits.ppo")
 
     from mlflow.tracking import MlflowClient
 

@@ -48,7 +48,7 @@ WORKER = """
     import sys, time
     from dataclasses import dataclass
     from pathlib import Path
-    from windquant import step, tracking
+    from windquant import step
 
     @dataclass(frozen=True)
     class Settings:
@@ -68,10 +68,7 @@ WORKER = """
 
     if __name__ == "__main__":
         name, seconds = sys.argv[1:3]
-        argv = ["--model", name, "--bits", "2.0", "--output", name + ".json"]
-        rest = ["--experiment", name + ".json", "--seconds", seconds]
-        if not Path(name + ".json").exists():
-            step.main("experiment", tracking.run, tracking.Settings, argv=argv, light=True)
+        rest = ["--experiment", name + "_2.0bits.ppo", "--seconds", seconds]
         step.main("demo", run, Settings, argv=["--output", name, *rest], light=True)
         step.main("result", close, Settings, argv=["--output", name + "-result", *rest], light=True)
 """

@@ -42,14 +42,8 @@ def quick_sender(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         thread.join()
 
 
-def experiment(name: str = "e.json", *argv: str) -> tracking_store.Experiment:
-    argv = argv or ("--bits", "2.0", "--allocator", "ppo")
-    step.main("experiment", tracking.run, tracking.Settings, argv=["--model", "m", "--output", name, *argv], light=True)
-    return tracking_store.Experiment.load(Path(name))
-
-
 def main(run: Callable[[step.Task, Settings], None], *argv: str) -> None:
-    arguments = ["--output", "out", "--experiment", "e.json", *argv]
+    arguments = ["--output", "out", "--experiment", "m_2.0bits.ppo", *argv]
     step.main("demo", run, Settings, ("source?",), argv=arguments, light=True)
 
 
@@ -81,8 +75,6 @@ def close(task: step.Task, settings: Settings) -> None:
 
 
 def test_parent_and_child(capsys: pytest.CaptureFixture[str]) -> None:
-    made = experiment()
-    assert made.tracking_uri == "sqlite:///mlflow.db"  # no machine paths in data/
     Path("in.txt").write_text("abc")
     Path("data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
     main(write, "--source", "in.txt", "--seed", "4")
@@ -128,7 +120,6 @@ def test_git_commit_is_a_tag() -> None:
 
 
 def test_a_result_closes_the_parent_and_what_runs_later_opens_another() -> None:
-    experiment()
     main(write)
     main(close)
     (first,) = parents()
@@ -149,10 +140,8 @@ def test_a_result_closes_the_parent_and_what_runs_later_opens_another() -> None:
 
 
 def test_between_the_steps_a_parent_does_not_run() -> None:
-    experiment()
-    experiment("shared.json", "--name", "windquant")
     main(write)
-    main(write, "--experiment", "shared.json")
+    main(write, "--experiment", "m")
     found = {run.info.run_name: run.info.run_id for run in parents()}
     assert set(found) == {"m 2.0bits ppo", "m shared steps"}
     statuses = {"m 2.0bits ppo": "SCHEDULED", "m shared steps": "FINISHED"}
@@ -166,7 +155,6 @@ def test_between_the_steps_a_parent_does_not_run() -> None:
     [(RuntimeError("bug"), "FAILED"), (WindquantError("input"), "FAILED"), (SystemExit(143), "KILLED")],
 )
 def test_a_failing_step(error: BaseException, status: str) -> None:
-    experiment()
 
     def fail(task: step.Task, settings: Settings) -> None:
         task.metric("loss", 3.0)
@@ -189,7 +177,6 @@ def test_without_an_experiment_nothing_is_tracked() -> None:
 
 
 def test_a_refused_value_does_not_stop_step_or_run(capsys: pytest.CaptureFixture[str]) -> None:
-    experiment()
 
     def run(task: step.Task, settings: Settings) -> None:
         task.params({"rate": "another"})  # parameters cannot change
@@ -212,7 +199,6 @@ def test_random_numbers_are_those_of_an_untracked_step(monkeypatch: pytest.Monke
         drawn.append(random.random())
         task.output.touch()
 
-    experiment()
     monkeypatch.setattr(tracking, "start_sender", lambda folder: False)  # a process of its own, but not in these tests
     monkeypatch.setattr(tracking, "PATIENCE", 0.0)
     main(run)
@@ -221,7 +207,6 @@ def test_random_numbers_are_those_of_an_untracked_step(monkeypatch: pytest.Monke
 
 
 def test_a_lost_parent_is_made_anew_once(capsys: pytest.CaptureFixture[str], empty_store: Path) -> None:
-    experiment()
     main(write)
     (lost,) = parents()
     eventually(lambda: not journal.has_sender(Path("logs/tracking")))
@@ -236,7 +221,6 @@ def test_a_lost_parent_is_made_anew_once(capsys: pytest.CaptureFixture[str], emp
 
 
 def test_the_environment_names_another_store(monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> None:
-    experiment()
     Path("elsewhere").mkdir()
     Path("elsewhere/other.db").write_bytes(empty_store.read_bytes())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere/other.db")
@@ -249,7 +233,6 @@ def test_the_environment_names_another_store(monkeypatch: pytest.MonkeyPatch, em
 def test_a_password_is_written_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     uri = "http://user:secret@127.0.0.1:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    experiment()
     main(write)
     files = [path for path in Path().rglob("*") if path.is_file() and path.name != "mlflow.db"]
     assert len(files) > 5
@@ -259,7 +242,6 @@ def test_a_password_is_written_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_broken_database(capsys: pytest.CaptureFixture[str]) -> None:
-    experiment()
     Path("mlflow.db").write_text("no database " * 1000)
     main(write)
     assert Path("out").read_text() == "result"
@@ -270,7 +252,6 @@ def test_broken_database(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_store_in_a_missing_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     missing = Path.cwd() / "nowhere"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{missing}/x.db")
-    experiment()
     began = time.monotonic()
     main(write)
     assert time.monotonic() - began < tracking.PATIENCE / 2
@@ -282,7 +263,6 @@ def test_a_store_in_a_missing_folder(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_a_deleted_mlflow_experiment_is_restored(capsys: pytest.CaptureFixture[str]) -> None:
-    experiment()
     main(write)
     eventually(lambda: not journal.has_sender(Path("logs/tracking")))
     (first,) = parents()
@@ -295,7 +275,6 @@ def test_a_deleted_mlflow_experiment_is_restored(capsys: pytest.CaptureFixture[s
 
 
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    experiment()
     eventually(lambda: not journal.has_sender(Path("logs/tracking")))
     Path("logs/tracking").rename("elsewhere")
     Path("logs/tracking").write_text("in the way")
@@ -320,7 +299,6 @@ def test_after_a_line_that_was_cut_off_the_next_one_is_whole(monkeypatch: pytest
 
 
 def test_metrics_are_sent_while_the_step_runs() -> None:
-    experiment()
     seen: list[str] = []
 
     def run(task: step.Task, settings: Settings) -> None:
@@ -337,7 +315,6 @@ def test_metrics_are_sent_while_the_step_runs() -> None:
 
 def test_what_another_sender_has_begun_is_not_sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sender that died after it made the run, and before it could write that down."""
-    experiment()
     eventually(lambda: not journal.has_sender(Path("logs/tracking")))
     monkeypatch.setattr(tracking, "start_sender", lambda folder: False)
     monkeypatch.setattr(tracking, "PATIENCE", 0.0)
@@ -361,7 +338,6 @@ def test_what_another_sender_has_begun_is_not_sent_twice(monkeypatch: pytest.Mon
 
 
 def test_a_journal_of_another_version_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment()
     folder = Path("logs/tracking")
     eventually(lambda: not journal.has_sender(folder))
     # The sender comes after the step here. As a thread it would write tracebacks while the step reads its own source,
@@ -376,15 +352,35 @@ def test_a_journal_of_another_version_holds_up_nothing(monkeypatch: pytest.Monke
     assert len(list(folder.glob("*.unreadable"))) == 2
 
 
-def test_an_experiment_of_an_older_version_goes_on() -> None:
-    experiment()
-    document = json.loads(Path("e.json").read_text())
-    Path("e.json").write_text(json.dumps({**document, "experiment_id": "1", "run_id": "gone"}))
+def test_clones_have_parents_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     main(write)
-    assert len(children()) == 1
-    Path("e.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        main(write)
+    monkeypatch.setenv(tracking_store.CLONE, "another")
+    main(write)
+    main(write)
+    second, first = parents()
+    assert (len(children(first)), len(children(second))) == (1, 2)
+
+
+def test_names_of_experiments() -> None:
+    found = tracking_store.Experiment.named("llama3.2-1b_2.5bits.ppo-chunk32-1")
+    assert found.tags == {"model": "llama3.2-1b", "target_bits": "2.5", "allocator": "ppo-chunk32-1"}
+    assert tracking_store.Experiment.named("llama3.2-1b").tags == {"model": "llama3.2-1b"}
+    for name in ("", "m_2.0bits", "m_ppo", "m_2.0bits.ppo.json"):
+        with pytest.raises(WindquantError, match=r"--experiment .*: give a plan"):
+            tracking_store.Experiment.named(name)
+
+
+def test_no_password_is_handed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snakemake writes what it hands down on command lines."""
+    for name in (tracking_store.CLONE, tracking_store.URI):
+        monkeypatch.setenv(name, "")  # what is set from here on is forgotten behind the test
+        monkeypatch.delenv(name)
+    assert tracking_store.hand_down() == [tracking_store.CLONE]
+    assert os.environ[tracking_store.CLONE] == tracking_store.clone()
+    monkeypatch.setenv(tracking_store.URI, "https://mlflow.example.org")
+    assert tracking_store.hand_down() == [tracking_store.CLONE, tracking_store.URI]
+    monkeypatch.setenv(tracking_store.URI, "https://me:secret@mlflow.example.org")
+    assert tracking_store.hand_down() == [tracking_store.CLONE]
 
 
 def test_system_metrics() -> None:

@@ -11,8 +11,6 @@ import yaml
 from tests.workflow.conftest import ROOT, Snakemake
 
 CHAIN = {
-    "experiment_of_model": 1,
-    "experiment_of_plan": 1,
     "model": 1,
     "calibration": 1,
     "statistics": 1,

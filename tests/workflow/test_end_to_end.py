@@ -65,7 +65,7 @@ def test_recovery_steps_rerun_recovery_and_evaluation_only(finished: Path, snake
 
 def test_another_budget_keeps_statistics_bank_and_search(finished: Path, snakemake: Snakemake) -> None:
     jobs = again(finished, snakemake, f"results/{MODEL}_5.0bits.json")
-    shared = {"experiment_of_model", "model", "calibration", "statistics", "bank", "search", "perplexity_original"}
+    shared = {"model", "calibration", "statistics", "bank", "search", "perplexity_original"}
     assert jobs == {rule: n for rule, n in CHAIN.items() if rule not in {*shared, "zero_shot_original"}}
 
 

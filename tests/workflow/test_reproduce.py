@@ -85,7 +85,7 @@ def test_changes_rerun_what_depends_on_them(colleague: Path, snakemake: Snakemak
     with changed(text, text.read_text() + "\nOne more sentence.\n"):
         jobs = again(colleague, snakemake, RESULT)
         assert {"calibration", "statistics", "bank", "allocation", "recovery", "result"} < set(jobs)
-        assert not {"model", "experiment_of_model", "experiment_of_plan"} & set(jobs)
+        assert "model" not in jobs
     module = colleague / "windquant" / "recovery.py"
     code = module.read_text()
     with changed(module, code.replace('"""', '"""Other words. ', 1) + "\n\n# a comment\n"):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from windquant import atomic, exclusive, manifest, provenance
+from windquant import atomic, exclusive, manifest
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.progress import Progress
@@ -43,9 +43,7 @@ def push(root: Path) -> None:
     store = Store(root)
     exclusive.claim([])
     print(f"to remote {store.remote_name}")
-    artifacts = {
-        name: provenance.freed(name, record) for name, record in records.read(root).items() if _travels(root, name)
-    }
+    artifacts = {name: record for name, record in records.read(root).items() if _travels(root, name)}
     if not any(manifest_path(root / name).exists() for name in artifacts):
         raise WindquantError(f"{root / DATA}: nothing to push, no step has finished here; `make run` first")
     check_contents(root, artifacts)

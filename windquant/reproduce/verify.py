@@ -63,7 +63,7 @@ def verify(root: Path, results: Sequence[Path], cores: str = "all") -> dict[str,
     _clear(scratch.parent)
     _link(root, scratch)
     targets = [str(path) for path in results]
-    reused = _reuse_models(root, scratch, targets, cores)
+    reused = _reuse_models(root, scratch, targets)
     _snakemake(scratch, targets, cores)
     table = compare(root, scratch, reused)
     show(table)
@@ -150,16 +150,11 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _reuse_models(root: Path, scratch: Path, targets: Sequence[str], cores: str) -> list[str]:
-    """Link the models that would be got anew and are here intact; their folders, as links to each file.
-
-    Their MLflow runs are made first: a model that is older than its run's file is not made again, one without is.
-    """
+def _reuse_models(root: Path, scratch: Path, targets: Sequence[str]) -> list[str]:
+    """Link the models that would be got anew and are here intact; their folders, as links to each file."""
     jobs = dryrun.plan(scratch, targets).jobs
     reused = [str(MODELS / path.name) for path in (root / MODELS).glob("*") if str(MODELS / path.name) in jobs]
     reused = [name for name in reused if manifest_path(root / name).is_file()]
-    if reused:
-        _snakemake(scratch, [f"data/experiments/{Path(name).name}.json" for name in reused], cores)
     known = records.read(root)
     for name in reused:
         manifest.verified_sha256(root / name)

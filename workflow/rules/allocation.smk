@@ -10,7 +10,6 @@ rule search:
         calibration_manifest="data/calibration/{model}.manifest.json",
         statistics="data/statistics/{model}.safetensors",
         bank=bank_of,
-        experiment=ancient("data/experiments/{model}.json"),
     output:
         search="data/search/{model}_{allocator}.safetensors",
         manifest="data/search/{model}_{allocator}.safetensors.manifest.json",
@@ -29,6 +28,7 @@ rule search:
     params:
         code=code("search"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=settings("search"),
         per=lambda wildcards: "layer" if variant(wildcards).allocator == "layer" else "chunk",
@@ -37,7 +37,7 @@ rule search:
     shell:
         "python -m windquant.search --model {input.model} --calibration {input.calibration}"
         " --statistics {input.statistics} --bank {input.bank} --per {params.per}"
-        " --output {output.search} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " --output {output.search} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"
 
 
@@ -50,7 +50,6 @@ rule allocation:
         statistics="data/statistics/{model}.safetensors",
         bank=bank_of_plan,
         search=search_of,
-        experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
         plan="data/plans/{model}_{bits}bits.{allocator}.json",
         manifest="data/plans/{model}_{bits}bits.{allocator}.json.manifest.json",
@@ -69,6 +68,7 @@ rule allocation:
     params:
         code=code("allocation"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=search_settings,
         allocator=lambda wildcards: variant(wildcards).allocator,
@@ -78,5 +78,5 @@ rule allocation:
     shell:
         "python -m windquant.allocation --model {input.model} --calibration {input.calibration}"
         " --statistics {input.statistics} --bank {input.bank} --target-bits {wildcards.bits} --allocator {params.allocator}"
-        " {params.search} --output {output.plan} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " {params.search} --output {output.plan} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

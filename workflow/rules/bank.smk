@@ -9,7 +9,6 @@ rule bank:
         statistics="data/statistics/{model}.safetensors",
         parts=bank_parts,
         part_manifests=manifest_of(bank_parts),
-        experiment=ancient("data/experiments/{model}.json"),
     output:
         bank="data/bank/{model}{change}.safetensors",
         manifest="data/bank/{model}{change}.safetensors.manifest.json",
@@ -27,6 +26,7 @@ rule bank:
     params:
         code=code("bank"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=settings("bank"),
         part=lambda wildcards, input: f"--parts {input.parts}" if input.parts else "",
@@ -34,7 +34,7 @@ rule bank:
         "bank: errors and costs of every action for {wildcards.model}{wildcards.change}"
     shell:
         "python -m windquant.bank --model {input.model} --statistics {input.statistics}"
-        " --output {output.bank} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " --output {output.bank} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} {params.part} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"
 
 
@@ -43,7 +43,6 @@ use rule bank as bank_part with:
         model=ancient("resources/models/{model}"),
         model_manifest="resources/models/{model}.manifest.json",
         statistics="data/statistics/{model}.safetensors",
-        experiment=ancient("data/experiments/{model}.json"),
     output:
         bank="data/bank/{model}{change}/{part}.safetensors",
         manifest="data/bank/{model}{change}/{part}.safetensors.manifest.json",
@@ -54,6 +53,7 @@ use rule bank as bank_part with:
     params:
         code=code("bank"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=settings("bank"),
         part=lambda wildcards: f"--part={wildcards.part}",

@@ -6,7 +6,6 @@ rule calibration:
         model=ancient("resources/models/{model}"),
         model_manifest="resources/models/{model}.manifest.json",
         files=text_files,
-        experiment=ancient("data/experiments/{model}.json"),
     output:
         folder=directory("data/calibration/{model}"),
         manifest="data/calibration/{model}.manifest.json",
@@ -24,6 +23,7 @@ rule calibration:
     params:
         code=code("calibration"),
         lock=LOCK,
+        experiment=experiment,
         content=content(text_files),
         seed=seed,
         settings=settings("calibration"),
@@ -31,5 +31,5 @@ rule calibration:
         "calibration: text and tasks for {wildcards.model}"
     shell:
         "python -m windquant.calibration --model {input.model}"
-        " --output {output.folder} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " --output {output.folder} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

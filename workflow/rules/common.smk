@@ -4,7 +4,6 @@
 #   the flags as they stand on the command line, and a digest of the step's modules without comments and docstrings.
 # - Snakemake compares files by content but folders by time, and in a clone times mean nothing. So a folder is an
 #   input for its path only (`ancient`), and its manifest, a small file that holds the folder's digest, stands for it.
-#   A model's or plan's experiment is `ancient` too: it says where to log and changes no result.
 
 import hashlib
 import os
@@ -23,10 +22,12 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
-from windquant import configuration, control_groups, dependencies, estimate, gpus, local_files, progress
+from windquant import configuration, control_groups, dependencies, estimate, gpus, local_files, progress, tracking_store
 from windquant.errors import WindquantError
 from windquant.evaluation import local
 from windquant.manifest import Manifest
+
+workflow.register_envvars(*tracking_store.hand_down())
 
 #: What computes: a step takes no more than a container's share of the processors that Snakemake sees.
 CORES = min(ALL_CORES, control_groups.cores()) if workflow.local_exec else ALL_CORES
@@ -102,6 +103,12 @@ def search_settings(wildcards):
 def seed(wildcards):
     own = variant(wildcards).seed
     return resolved(wildcards.model)["seed"] if own is None else own
+
+
+def experiment(wildcards):
+    """Whose MLflow run a step belongs to: a plan's, or that of all plans of a model."""
+    plan = f"_{wildcards.bits}bits.{variant(wildcards).name}" if hasattr(wildcards, "bits") else ""
+    return f"{wildcards.model}{plan}"
 
 
 def config_sha256(wildcards):

@@ -4,7 +4,6 @@
 rule model:
     input:
         files=model_files,
-        experiment=ancient("data/experiments/{model}.json"),
     output:
         folder=directory("resources/models/{model}"),
         manifest="resources/models/{model}.manifest.json",
@@ -22,10 +21,11 @@ rule model:
     params:
         code=code("models"),
         lock=LOCK,
+        experiment=experiment,
         content=content(model_files),
         settings=settings("model"),
     message:
         "model: get {wildcards.model}"
     shell:
-        "python -m windquant.models --output {output.folder} --experiment {input.experiment} --threads {threads}"
+        "python -m windquant.models --output {output.folder} --experiment {params.experiment} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

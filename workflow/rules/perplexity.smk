@@ -7,7 +7,6 @@ rule perplexity_original:
         checkpoint_manifest="resources/models/{model}.manifest.json",
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
-        experiment=ancient("data/experiments/{model}.json"),
     output:
         evaluation="data/evaluation/{model}.original.perplexity.json",
         manifest="data/evaluation/{model}.original.perplexity.json.manifest.json",
@@ -26,6 +25,7 @@ rule perplexity_original:
     params:
         code=code("evaluation.perplexity"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=settings("perplexity"),
     message:
@@ -33,7 +33,7 @@ rule perplexity_original:
     shell:
         "python -m windquant.evaluation.perplexity --checkpoint {input.checkpoint}"
         " --calibration {input.calibration}"
-        " --output {output.evaluation} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " --output {output.evaluation} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"
 
 
@@ -43,7 +43,6 @@ use rule perplexity_original as perplexity with:
         checkpoint_manifest="data/checkpoints/{model}_{bits}bits.{allocator}/{stage}.manifest.json",
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
-        experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
         evaluation="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.perplexity.json",
         manifest="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.perplexity.json.manifest.json",
@@ -59,6 +58,7 @@ use rule perplexity_original as perplexity with:
     params:
         code=code("evaluation.perplexity", "checkpoint.huggingface"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=settings("perplexity"),
     message:

@@ -9,7 +9,6 @@ rule quantize:
         calibration_manifest="data/calibration/{model}.manifest.json",
         statistics="data/statistics/{model}.safetensors",
         plan=of_plan("data/plans/{model}_{bits}bits.{plan}.json"),
-        experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
         checkpoint=directory("data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery"),
         manifest="data/checkpoints/{model}_{bits}bits.{allocator}/before_recovery.manifest.json",
@@ -28,6 +27,7 @@ rule quantize:
     params:
         code=code("quantize"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=settings("quantize"),
     message:
@@ -35,5 +35,5 @@ rule quantize:
     shell:
         "python -m windquant.quantize --model {input.model} --calibration {input.calibration}"
         " --statistics {input.statistics} --plan {input.plan}"
-        " --output {output.checkpoint} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " --output {output.checkpoint} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

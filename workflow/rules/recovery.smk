@@ -9,7 +9,6 @@ rule recovery:
         calibration_manifest="data/calibration/{model}.manifest.json",
         checkpoint=ancient(of_plan("data/checkpoints/{model}_{bits}bits.{codes}/before_recovery")),
         checkpoint_manifest=of_plan("data/checkpoints/{model}_{bits}bits.{codes}/before_recovery.manifest.json"),
-        experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
         checkpoint=directory("data/checkpoints/{model}_{bits}bits.{allocator}/quantized"),
         manifest="data/checkpoints/{model}_{bits}bits.{allocator}/quantized.manifest.json",
@@ -28,6 +27,7 @@ rule recovery:
     params:
         code=code("recovery", "checkpoint.huggingface"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=settings("recovery"),
     message:
@@ -35,5 +35,5 @@ rule recovery:
     shell:
         "python -m windquant.recovery --model {input.model} --calibration {input.calibration}"
         " --checkpoint {input.checkpoint}"
-        " --output {output.checkpoint} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " --output {output.checkpoint} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

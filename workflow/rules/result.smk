@@ -33,7 +33,6 @@ rule result:
         ),
         bank_manifest=manifest_of(bank_of),
         search_manifest=manifest_of(search_of),
-        experiment=ancient(of_plan("data/experiments/{model}_{bits}bits.{allocator}.json")),
     output:
         result=report(
             "results/{model}_{bits}bits{baseline}.json",
@@ -52,6 +51,7 @@ rule result:
     params:
         code=code("result"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         config_sha256=config_sha256,
         search=lambda wildcards, input: f"--search {input.search}" if input.search else "",
@@ -70,5 +70,5 @@ rule result:
         " --perplexity-before-recovery {input.perplexity_before_recovery}"
         " --perplexity-quantized {input.perplexity_quantized}"
         " {params.zero_shot}"
-        " --output {output.result} --experiment {input.experiment} --seed {params.seed}"
+        " --output {output.result} --experiment {params.experiment} --seed {params.seed}"
         " --config-sha256={params.config_sha256} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

@@ -7,7 +7,6 @@ rule statistics:
         model_manifest="resources/models/{model}.manifest.json",
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
-        experiment=ancient("data/experiments/{model}.json"),
     output:
         statistics="data/statistics/{model}.safetensors",
         manifest="data/statistics/{model}.safetensors.manifest.json",
@@ -26,11 +25,12 @@ rule statistics:
     params:
         code=code("statistics"),
         lock=LOCK,
+        experiment=experiment,
         seed=seed,
         settings=settings("statistics"),
     message:
         "statistics: activations of {wildcards.model}"
     shell:
         "python -m windquant.statistics --model {input.model} --calibration {input.calibration}"
-        " --output {output.statistics} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " --output {output.statistics} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"

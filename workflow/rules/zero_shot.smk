@@ -9,7 +9,6 @@ rule zero_shot_original:
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
         files=task_files,
-        experiment=ancient("data/experiments/{model}.json"),
     output:
         evaluation="data/evaluation/{model}.original.zero_shot.{task}.json",
         manifest="data/evaluation/{model}.original.zero_shot.{task}.json.manifest.json",
@@ -28,6 +27,7 @@ rule zero_shot_original:
     params:
         code=code("evaluation.zero_shot"),
         lock=LOCK,
+        experiment=experiment,
         content=content(task_files),
         seed=seed,
         settings=settings("zero_shot"),
@@ -36,7 +36,7 @@ rule zero_shot_original:
     shell:
         "python -m windquant.evaluation.zero_shot --checkpoint {input.checkpoint}"
         " --calibration {input.calibration}"
-        " --output {output.evaluation} --experiment {input.experiment} --seed {params.seed} --threads {threads}"
+        " --output {output.evaluation} --experiment {params.experiment} --seed {params.seed} --threads {threads}"
         " {params.settings} --code={params.code} --lock={params.lock} 2>&1 | tee {log}"
 
 
@@ -47,7 +47,6 @@ use rule zero_shot_original as zero_shot with:
         calibration=ancient("data/calibration/{model}"),
         calibration_manifest="data/calibration/{model}.manifest.json",
         files=task_files,
-        experiment=ancient("data/experiments/{model}_{bits}bits.{allocator}.json"),
     output:
         evaluation="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.{task}.json",
         manifest="data/evaluation/{model}_{bits}bits.{allocator}.{stage}.zero_shot.{task}.json.manifest.json",
@@ -63,6 +62,7 @@ use rule zero_shot_original as zero_shot with:
     params:
         code=code("evaluation.zero_shot", "checkpoint.huggingface"),
         lock=LOCK,
+        experiment=experiment,
         content=content(task_files),
         seed=seed,
         settings=settings("zero_shot"),
