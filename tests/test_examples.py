@@ -15,6 +15,7 @@ from tests.families import Prepared, prepare
 from windquant import configuration, models
 from windquant.allocation import BASELINES
 from windquant.bank import Bank
+from windquant.errors import WindquantError
 from windquant.evaluation import zero_shot
 from windquant.storage import pack
 
@@ -60,6 +61,14 @@ def test_the_quantizer_keeps_the_promises_of_a_treatment() -> None:
     assert torch.equal(entry.unscaled(pack(coded.codes, entry.pattern), 75) * fit.scale[:, None], coded.decoded.T)
     torch.testing.assert_close(((chunk - coded.decoded.T).square() * energy).sum(1), entry.error(chunk, energy))
     assert entry.error(chunk, energy).sum() < 0.1 * (chunk.square() * energy).sum(), "3 bits leave less than a tenth"
+
+
+def test_the_kernels_refuse_the_quantizer_that_they_do_not_know() -> None:
+    """They would read its codes as a scalar one's."""
+    from windquant.kernels.decoding import Kind
+
+    with pytest.raises(WindquantError, match="powers-3: the kernels cannot decode it"):
+        Kind.of(module("quantizer").Powers())
 
 
 def test_the_quantizer_makes_up_for_errors() -> None:

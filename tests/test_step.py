@@ -199,6 +199,15 @@ def test_bad_command_lines(argv: list[str], message: str, capsys: pytest.Capture
     assert not Path("data/out").exists()
 
 
+def test_a_folder_that_no_step_has_made_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data/out").mkdir(parents=True)
+    Path("data/out/thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(write)
+    assert capsys.readouterr().err.startswith("error: --output data/out: holds what no step has made")
+    assert Path("data/out/thesis.txt").read_text() == "mine"
+
+
 def test_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def run(task: step.Task, settings: Settings) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "data/x")

@@ -43,7 +43,7 @@ class Settings:
     treatment: Literal["scalar", "trellis", "mixed"] = "trellis"  # how widths are reached
     order: Literal["saliency", "natural"] = "saliency"  # of the columns
     window: int = 12  # bits of the trellis state; the search keeps 2^window states (8, 10, 12 or 14)
-    jobs: int = 1  # of the workflow that share the bank, for nodes of a cluster; the bank is the same
+    jobs: int = 1  # how many jobs make the bank together, for clusters; the result is the same
     part: int = 0  # of the jobs, the one whose part is made, from 1 (0 = all)
 
 

@@ -35,8 +35,7 @@ OVERSAMPLING = 8
 @dataclass(frozen=True)
 class Settings:
     source: Literal["articles", "hub", "file"] = "articles"  # embedded Wikipedia articles, a Hub data set, a local file
-    # Documents of a text file are separated by blank lines; where it has none, each line is one.
-    path: str = ""  # text file, or .jsonl with one document a line (source file)
+    path: str = ""  # text file (source file): documents between blank lines, or one a line; .jsonl: one document a line
     dataset: str = "garage-bAInd/Open-Platypus"  # on the Hub (source hub)
     subset: str = ""  # of the data set (source hub)
     split: str = "train"  # of the data set (source hub)
@@ -49,15 +48,15 @@ class Settings:
     recovery_samples: int = 576  # windows that recovery may train on, or as many as the text yields
     recovery_length: int = 512  # tokens of a recovery window
     # "same" holds out a part of `source`; "rows" is a file with one row a line, joined like the Hub's WikiText-2
-    test_source: Literal["same", "articles", "hub", "file", "rows"] = "same"  # of the perplexity's text
-    test_path: str = ""  # text file (test_source file or rows)
+    test_source: Literal["same", "articles", "hub", "file", "rows"] = "same"  # perplexity's text (same: of source)
+    test_path: str = ""  # text file (test_source file, or rows: one row a line)
     test_dataset: str = "Salesforce/wikitext"  # on the Hub (test_source hub)
     test_subset: str = "wikitext-2-raw-v1"  # of the data set (test_source hub)
     test_split: str = "test"  # of the data set (test_source hub)
     test_columns: tuple[str, ...] = ("text",)  # of the data set (test_source hub)
     context: int = 1024  # tokens of a test window
     cloze_records: int = 150  # of the task made from held-out articles, or as many as they yield
-    next_sentence_records: int = 75  # likewise
+    next_sentence_records: int = 75  # of the task next_sentence, or as many as they yield
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from windquant import atomic, configuration, manifest, result_file, shape, summary
+from windquant import atomic, configuration, manifest, result_file, shape, sources, summary
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 RESULT = "result.json"  # in the output
+OURS = (*sources.WANTED, "tokenizer*", "vocab*", "README.md")  # files of an output
 PATHS = ("path", "test_path", "data_dir")  # keys of the configuration
 SMALL = 1024  # input channels below which a chunk of 256 columns would be a large part of a weight
 #: What the default model is measured with, texts and tasks that need no Hub; fewer samples, because other vocabularies
@@ -52,7 +54,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--work", type=Path, help="working folder [<out>.work]")
     parser.add_argument("--cores", default="all", help="for Snakemake [all]")
-    parser.add_argument("--dry-run", action="store_true", help="show the steps, do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the steps; write only the configuration, into the working folder"
+    )
     given = parser.parse_args(arguments)
     quantize(
         given.model, given.bits, given.out, given.text, given.allocator, given.set, given.work, given.cores,
@@ -84,7 +88,7 @@ def quantize(
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
     shared = configuration.load(ROOT / "config" / "config.yaml")
     document = configuration.validate(anchored(shared) | {"models": {name: anchored(entry)}}, schema)
-    check_output(out)
+    check_output(out, work)
     out = out.resolve()  # "." has no name
     work = work or out.with_name(f"{out.name}.work")
     target = Path("results") / configuration.result_name(name, number, allocator)
@@ -187,10 +191,20 @@ def apply(entry: dict[str, Any], change: str) -> None:
         entry |= anchored({section: parsed}, Path.cwd())
 
 
-def check_output(out: Path) -> None:
-    """WindquantError if `out` is something that this command did not make."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RESULT).is_file()):
+def check_output(out: Path, work: Path | None) -> None:
+    """WindquantError if replacing `out` would remove something that this command did not make."""
+    if work is not None and work.resolve().is_relative_to(out.resolve()):
+        raise WindquantError(f"--work {work}: in the folder that --out replaces; choose another one")
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    if names and not {RESULT, "plan.json"} <= names:
         raise WindquantError(f"--out {out}: exists already and was not made by this command; choose another folder")
+    others = [name for name in sorted(names) if (out / name).is_dir() or not any(fnmatch(name, own) for own in OURS)]
+    if others:
+        raise WindquantError(
+            f"--out {out}: would be replaced, and {others[0]} is not of this command; move it, or choose another folder"
+        )
 
 
 def run_workflow(work: Path, target: Path, cores: str, dry_run: bool) -> None:

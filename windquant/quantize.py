@@ -28,7 +28,7 @@ from windquant.units import Linear, chunk_widths, protected_count
 @dataclass(frozen=True)
 class Settings:
     batch: int = 16  # calibration samples at a time
-    recovery_windows: int = 0  # of recovery's text, or as many as it has, that covariances are taken from too
+    recovery_windows: int = 0  # how many of recovery's windows (at most all) covariances are taken from too
 
 
 def run(task: step.Task, settings: Settings) -> None:

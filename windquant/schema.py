@@ -32,7 +32,10 @@ SECTIONS = {
 }
 MODELS = "The models that can be asked for: the name in results/<model>_<bits>bits.json, and where it comes from."
 NAMES = "is no name for a model: letters and digits, and behind the first one also . + -"
-MODEL = "Every section below can be repeated in a model's entry; it holds for that model alone."
+MODEL = (
+    "Every section below can be repeated in a model's entry; it holds for that model alone. A name has letters and "
+    "digits, and behind the first one also `. + -`."
+)
 SEED = "Of every random choice."
 BITS: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0, "maximum": 16}
 #: What compares results: type, default, description. A model's entry may have its own.
@@ -72,7 +75,8 @@ STUDIES: dict[str, dict[str, Any]] = {
             },
         },
         "default": {},
-        "description": "of results/<model>_<bits>bits.ablation.<name>.csv: changes by name, and what they replace",
+        "description": "of results/<model>_<bits>bits.ablation.<name>.csv: changes by name, and what they replace "
+        "in units, search, quantize and recovery",
     },
 }
 #: What the types alone do not say.
@@ -182,10 +186,11 @@ def readme(schema: Mapping[str, Any]) -> str:
         "# Configuration",
         f"<!-- {HEAD.strip('# ').strip()} -->",
         "`config.yaml` says what differs from the defaults below. `snakemake --config 'recovery={steps: 60}'` sets "
-        "a key for one call, and `--configfile FILE` lays a file of your own over it. A wrong key or value is refused "
-        "before anything runs.",
-        "What holds for a model is, in this order: the default, the section in `config.yaml`, the same section in the "
-        "model's own entry, `--config`.",
+        "a key for one call, and `--configfile FILE` merges a file of your own into it. A wrong key or value is "
+        "refused before anything runs.",
+        "What holds for a model is the first of these that says it: `--config`; the section in the model's own entry; "
+        "the section at the top of `config.yaml`; the default. So where an entry has a section, a `--configfile` has "
+        "to say it in that entry.",
         "A setting that changes reruns the steps that use it and what follows from them, and nothing else.",
         f"## models\n\n{MODELS} {MODEL}",
         _table({name: value for name, value in model.items() if name != "seed"}),

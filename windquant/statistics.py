@@ -35,7 +35,7 @@ class Settings:
     batch: int = 16  # samples at a time
     # More of them change a plan's cost by a thousandth (docs/decisions.md); quantize takes all
     samples: int = 64  # calibration samples that the energies are taken from, or as many as there are
-    fisher_samples: int = 16  # of these, the Fisher weights are taken from the first
+    fisher_samples: int = 16  # how many of these, the first ones, the Fisher weights are taken from
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,8 @@ def _run(
     output: Path = arguments.output
     if not output.name:
         raise WindquantError(f"--output {output}: not the name of a file or folder to make")
+    if output.is_dir() and any(output.iterdir()) and not atomic.manifest_path(output).exists():
+        raise WindquantError(f"--output {output}: holds what no step has made; give another name, or remove it")
     single, several = _collect(inputs, arguments)
     sources = {**single, **{f"{name}.{i}": path for name, paths in several.items() for i, path in enumerate(paths)}}
     digests = {name: {"path": str(path), "sha256": _digest(name, path)} for name, path in sources.items()}

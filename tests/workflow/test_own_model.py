@@ -74,6 +74,8 @@ def test_one_line_makes_a_checkpoint_with_its_card(folder: Path, tiny_model_fold
         (["config", "--bits", "2", "--out", "o"], "config: no config.json"),
         (["a/b", "--bits", "2", "--out", "config"], "--out config: exists already"),
         (["a/b", "--bits", "2", "--out", "Snakefile"], "--out Snakefile: exists already"),
+        (["a/b", "--bits", "2", "--out", "o", "--work", "o/work"], "--work o/work: in the folder that --out replaces"),
+        (["a/b", "--bits", "2", "--out", "o", "--work", "o"], "--work o: in the folder that --out replaces"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(
@@ -85,6 +87,23 @@ def test_bad_input_is_one_line_before_any_work(
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (folder / "o.work").exists()
+
+
+def test_what_the_user_has_put_into_an_output_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    own_model.check_output(out, None)
+    for name in ("config.json", "plan.json", "model.safetensors", "tokenizer.model", "LICENSE", "README.md"):
+        (out / name).touch()
+    with pytest.raises(WindquantError, match="exists already"):
+        own_model.check_output(out, None)
+    (out / "result.json").touch()
+    own_model.check_output(out, tmp_path / "out.work")
+    for name in (".git", "figures", "measured.csv"):
+        (out / name).mkdir() if name == "figures" else (out / name).touch()
+        with pytest.raises(WindquantError, match=f"{name} is not of this command"):
+            own_model.check_output(out, None)
+        (out / name).rmdir() if name == "figures" else (out / name).unlink()
 
 
 def test_paths_start_where_the_caller_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

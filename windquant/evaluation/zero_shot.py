@@ -36,8 +36,7 @@ class Settings:
     metric: Literal["acc", "acc_norm"] = "acc"  # acc_norm (by length) where a task has it, else acc
     limit: int = 0  # samples per task, the first ones (0 = all)
     batch_size: int = 8  # requests per forward pass
-    # In the columns of the Hub's data sets: arc_easy.test.jsonl, piqa.validation.jsonl and so on
-    data_dir: str = ""  # folder of <task>.<split>.jsonl, where there is no Hub
+    data_dir: str = ""  # folder of <task>.<split>.jsonl in the columns of the Hub's data sets; empty: the Hub
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # auto: float32; as stored for a large model on a GPU

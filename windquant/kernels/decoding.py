@@ -14,6 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from windquant.errors import WindquantError
 from windquant.quantizers import Treatment, actions
 from windquant.quantizers.scalar import Scalar
 from windquant.quantizers.skip import Skip
@@ -32,6 +33,8 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, entry: Treatment) -> "Kind":
+        if not isinstance(entry, Skip | Scalar | Trellis):
+            raise WindquantError(f'{entry.name}: the kernels cannot decode it; load with device_map="cpu"')
         even, odd = (16, 16) if isinstance(entry, Skip) else entry.pattern
         middle = entry.middle if isinstance(entry, Scalar) else 0.0
         return cls(even, odd, isinstance(entry, Trellis), entry.has_scale, entry.has_offset, middle)
