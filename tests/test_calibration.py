@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from windquant import calibration, models, sources, step
+from windquant import calibration, models, sources, step, texts
 from windquant.articles import Article
 from windquant.errors import WindquantError
 
@@ -276,3 +276,19 @@ def test_damaged_artifact_is_refused(made: Path, tmp_path: Path) -> None:
     (tmp_path / "info.json").write_bytes((made / "info.json").read_bytes())
     with pytest.raises(WindquantError, match="delete it and run again"):
         calibration.load(tmp_path)
+
+
+def test_a_data_set_is_not_tested_on_what_it_is_trained_on() -> None:
+    settings = calibration.Settings(
+        source="hub", dataset="a/b", subset="c", split="train",
+        test_source="hub", test_dataset="a/b", test_subset="c", test_split="train",
+    )  # fmt: skip
+    with pytest.raises(WindquantError, match="the test text would be trained on"):
+        calibration.split_texts(settings)
+
+
+def test_nothing_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"instruction": "Say one.", "output": null}\n{"instruction": "Say two.", "output": "Two."}\n')
+    found = texts.documents(calibration.Settings(source="file", path=str(path)))
+    assert [paragraph for article in found for paragraph in article.paragraphs] == ["Say one.", "Say two.\nTwo."]

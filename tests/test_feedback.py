@@ -130,6 +130,15 @@ def test_saliency_order(columns: int, protected: int) -> None:
     assert torch.equal(unpack_order(pack_order(order, widths, protected), columns, widths, protected), order)
 
 
+def test_all_columns_may_be_protected() -> None:
+    weight, covariance, form = gaussian(ROWS, 48), correlated(48), layout("", 0.99, columns=48)
+    tensors, decoded, order = quantized(weight, covariance, form)
+    assert form.protected == 48
+    assert tensors["codes"].numel() == 0
+    assert loss(weight, decoded, covariance) < 1e-3 * loss(weight, 0 * weight, covariance)
+    torch.testing.assert_close(dequantize(form, tensors, order), decoded, rtol=0, atol=1e-5)
+
+
 def test_natural_order_takes_out_only_the_protected_columns() -> None:
     energy = torch.rand(75, generator=torch.Generator().manual_seed(0))
     order = column_order(energy, "natural", CHUNK, 3)

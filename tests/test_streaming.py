@@ -149,6 +149,21 @@ def test_other_names_in_the_files_load_the_model_as_a_whole(tmp_path: Path) -> N
     assert torch.equal(token_losses(model, IDS), token_losses(models.load(folder), IDS))
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_of_its_own_is_kept_although_it_should_be_tied(tmp_path: Path, equal: bool) -> None:
+    """As transformers does where the files hold both."""
+    folder = saved(family("llama"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    state = load_file(folder / "model.safetensors")
+    if equal:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    whole, streamed = models.load(folder), streaming.load(folder)
+    torch.testing.assert_close(token_losses(streamed, IDS), token_losses(whole, IDS), rtol=0, atol=0)
+    assert (getattr(streamed, streaming.SOURCE, None) is not None) == equal, "only a copy is not read"
+
+
 def test_a_missing_shard_is_named_before_anything_is_read(tmp_path: Path) -> None:
     folder = saved(family("llama"), tmp_path / "model", "60KB")
     names = sorted(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()))

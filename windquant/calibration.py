@@ -132,8 +132,14 @@ class Splits:
 
 def split_texts(settings: Settings) -> Splits:
     """Read the sources and deal their documents out. The seed has no part in it: every seed has the same test text."""
-    found = texts.documents(settings)
     test_source = "same" if settings.test_source == settings.source == "articles" else settings.test_source
+    test = (settings.test_dataset, settings.test_subset, settings.test_split)
+    if settings.source == test_source == "hub" and test == (settings.dataset, settings.subset, settings.split):
+        raise WindquantError(
+            "calibration.test_dataset: the same as calibration.dataset, so the test text would be trained on; "
+            "use test_source: same, which holds a part out"
+        )
+    found = texts.documents(settings)
     if test_source == "same":
         names = {"articles": "wikipedia", "hub": settings.dataset.rpartition("/")[2], "file": Path(settings.path).stem}
         return Splits(deal(found, {**TRAINING, **HELD_OUT}), names[settings.source])

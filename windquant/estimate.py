@@ -158,6 +158,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     configuration.check_bits(f"{options.bits:g}")
     shape, settings = find(options.model)
+    if options.cores < 1:
+        raise WindquantError(f"--cores {options.cores}: give at least 1")
     machine = gpu(options.cores) if options.gpu else cpu(options.cores)
     wanted = needs(shape, settings, options.bits, machine, options.gpu)
     if options.json:

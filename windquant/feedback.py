@@ -142,7 +142,10 @@ def quantize_linear(
     ordered = layout.storage_order
     with_scale = [chunk for chunk, entry in enumerate(layout.actions) if entry.has_scale]
     with_offset = [chunk for chunk, entry in enumerate(layout.actions) if entry.has_offset]
-    tensors["codes"] = torch.cat([codes[chunk].flatten() for chunk in ordered])
+    tensors["codes"] = torch.cat(
+        [codes[chunk].flatten() for chunk in ordered]
+        or [torch.empty(layout.shapes["codes"][0], dtype=torch.uint8)]  # all columns are protected
+    )
     by_chunk = dict(zip(with_scale, scales, strict=True))
     tensors["scales"] = torch.cat(
         [by_chunk[chunk] for chunk in ordered if chunk in by_chunk]

@@ -206,8 +206,10 @@ def distill(task: step.Task, model: Whole | Streamed, tuning: Tuning) -> list[fl
 @torch.no_grad()
 def stored(quantized: Path, model: Whole | Streamed) -> dict[str, Tensor]:
     """What the checkpoint stores of gains and norms, by tensor; the model then computes with these gains."""
-    changes = {name: norm.detach().cpu() for name, norm in model.norms.items()}
     source = streaming.open_source(quantized)
+    for name, norm in model.norms.items():
+        norm.copy_(norm.to(source.entries[name].dtype))  # rounded as the file will hold it
+    changes = {name: norm.detach().cpu() for name, norm in model.norms.items()}
     for name, layout in source.layouts.items():
         before = {part: source.tensor(f"{name}.{part}") for part in ("scales", "scale_grid")}
         after = regain(layout, before, model.gains[name].cpu())

@@ -143,9 +143,15 @@ def load(folder: Path, device_name: str = "auto", dtype_name: str = "float32") -
     model.eval().requires_grad_(False)
     prefix, _ = decoder_layers(model)
     state = model.state_dict()
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    tied = dict(model._tied_weights_keys or {}) if config.tie_word_embeddings else {}
     needed = {name: tensor.shape for name, tensor in state.items() if name not in tied}
-    if not all(source.holds(name, shape) for name, shape in needed.items()):
+    # transformers ties no weight that the files hold with values of its own, whatever config.json says
+    own = any(
+        source.holds(name, state[name].shape) and not torch.equal(source.parameter(name), source.parameter(twin))
+        for name, twin in tied.items()
+        if name in state and twin in state
+    )
+    if own or not all(source.holds(name, shape) for name, shape in needed.items()):
         whole: Any = models.load(folder, dtype)  # which names what is missing, or knows the older names
         moved: PreTrainedModel = whole.to(device)
         return moved

@@ -58,7 +58,8 @@ def wikipedia() -> list[Article]:
 def _row_text(line: str, number: int, path: Path, columns: tuple[str, ...]) -> str:
     try:
         row = json.loads(line)
-        return str(row["text"]) if "text" in row else "\n".join(str(row[column]) for column in columns)
+        parts = [row["text"]] if "text" in row else [row[column] for column in columns]
+        return "\n".join(str(part) for part in parts if part is not None)
     except (ValueError, KeyError, TypeError) as error:
         raise WindquantError(
             f"calibration.path: line {number} of {path} is no JSON object with a text or the columns "

@@ -9,6 +9,7 @@ its own definition, read from the Hub or from `data_dir`: files `<task>.<split>.
 
 import json
 import logging
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,6 +48,8 @@ class Settings:
 def run(task: step.Task, settings: Settings) -> None:
     files = {name: data_files(name, task.inputs["calibration"], settings.data_dir) for name in settings.tasks}
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        random.seed(0)  # tasks that draw (gpqa) ask the same of every model, whatever the seed
+        numpy.random.seed(1234)
         loaded = load_tasks(files, Path(scratch))  # before the model: an unknown task shows at once
         model, batch = load(task.inputs["checkpoint"], settings.device, settings.dtype, settings.batch_size)
         tokenizer = models.load_tokenizer(task.inputs["checkpoint"])
