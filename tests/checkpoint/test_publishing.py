@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoint.making import Made
+from windquant import manifest
 from windquant.__main__ import main
 from windquant.checkpoint import card, publishing
 from windquant.result_file import ARTIFACTS, LEARNED, STEPS
@@ -35,7 +36,7 @@ def result_of(made: Made, folder: Path, **changes: Any) -> Path:
         "versions": {"python": "3.11"},
         "git_commit": None,
         "config_sha256": "0" * 64,
-        "data": dict.fromkeys(ARTIFACTS, "0" * 64),
+        "data": dict.fromkeys(ARTIFACTS, "0" * 64) | {"quantized": manifest.sha256(made.folder)},
         "mlflow_run_id": None,
     }
     path.write_text(json.dumps(found | changes))
@@ -81,7 +82,11 @@ def test_the_command_makes_the_same_checkpoint(whole: Made, name: str, allocator
 
 @pytest.mark.parametrize(
     ("changes", "word"),
-    [({"allocator": "greedy"}, "give its own result"), ({"effective_bits": 2.0}, "give its own result")],
+    [
+        ({"allocator": "greedy"}, "give its own result"),
+        ({"effective_bits": 2.0}, "give its own result"),
+        ({"data": dict.fromkeys(ARTIFACTS, "0" * 64)}, "the same plan and other content; give its own result"),
+    ],
 )
 def test_another_result_is_refused(
     whole: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], word: str

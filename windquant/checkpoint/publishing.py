@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from windquant import configuration, result_file
+from windquant import configuration, manifest, result_file
 from windquant.checkpoint.card import card
 from windquant.checkpoint.files import check, check_plan, measure, read_config
 from windquant.errors import WindquantError
@@ -50,6 +50,10 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
             f"{result}: is of {same[0]} by {same[1]} at {same[2]:.4f} bits, the checkpoint of {plan.model} by "
             f"{plan.allocator} at {measured.effective_bits:.4f}; give its own result"
         )
+    delivered = checkpoint / "result.json"  # `python -m windquant quantize` puts it there, behind the digest
+    digest = found["data"]["quantized"]
+    if delivered.read_bytes() != result.read_bytes() if delivered.is_file() else manifest.sha256(checkpoint) != digest:
+        raise WindquantError(f"{result}: is of a checkpoint with the same plan and other content; give its own result")
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*"))
     bits = measured.effective_bits, measured.checkpoint_bits
     text = card(plan, layouts, *bits, measured.measured_bytes, found, command(plan, found["seed"], result))
