@@ -155,7 +155,7 @@ def test_too_short_a_text_names_the_key_and_both_numbers(
         (("--source", "file", "--path", "{text}", "--test-source", "file"), ("calibration.test_path", "missing")),
         (
             ("--source", "file", "--path", "{text}", "--test-source", "file", "--test-path", "{text}"),
-            ("calibration.test_path", "the same file"),
+            ("calibration.test_path", "the same as calibration.path"),
         ),
         (("--source", "hub"), ("calibration.dataset", "Open-Platypus", "calibration.source: file")),
         (

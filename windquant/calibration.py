@@ -130,15 +130,26 @@ class Splits:
     test_name: str
 
 
+def check_apart(settings: Settings, test_source: str) -> None:
+    """WindquantError if the test text would be trained on."""
+    if test_source == "hub":
+        kind, key = "hub", "dataset"
+        one: object = (settings.dataset, settings.subset, settings.split)
+        other: object = (settings.test_dataset, settings.test_subset, settings.test_split)
+    else:
+        kind, key = "file", "path"
+        one, other = (Path(path).expanduser().resolve() for path in (settings.path, settings.test_path))
+    if settings.source == kind and test_source in ("hub", "file", "rows") and one == other:
+        raise WindquantError(
+            f"calibration.test_{key}: the same as calibration.{key}, so the test text would be trained on; "
+            "use test_source: same, which holds a part out"
+        )
+
+
 def split_texts(settings: Settings) -> Splits:
     """Read the sources and deal their documents out. The seed has no part in it: every seed has the same test text."""
     test_source = "same" if settings.test_source == settings.source == "articles" else settings.test_source
-    test = (settings.test_dataset, settings.test_subset, settings.test_split)
-    if settings.source == test_source == "hub" and test == (settings.dataset, settings.subset, settings.split):
-        raise WindquantError(
-            "calibration.test_dataset: the same as calibration.dataset, so the test text would be trained on; "
-            "use test_source: same, which holds a part out"
-        )
+    check_apart(settings, test_source)
     found = texts.documents(settings)
     if test_source == "same":
         names = {"articles": "wikipedia", "hub": settings.dataset.rpartition("/")[2], "file": Path(settings.path).stem}
@@ -160,11 +171,6 @@ def split_texts(settings: Settings) -> Splits:
             name = settings.test_subset or settings.test_dataset.rpartition("/")[2]
         case _:
             path = texts.existing("calibration.test_path", settings.test_path)
-            if settings.source == "file" and path.resolve() == Path(settings.path).expanduser().resolve():
-                raise WindquantError(
-                    "calibration.test_path: the same file as calibration.path, so the test text would be trained on; "
-                    "use test_source: same, which holds a part out"
-                )
             text, name = texts.read_text("calibration.test_path", path), path.stem
             # The Hub's WikiText-2 keeps the line break of a row, except in empty ones.
             rows = [line if line.strip() else "" for line in text.splitlines(True)] if test_source == "rows" else [text]

@@ -10,7 +10,7 @@ import sys
 MENDABLE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run again: finished steps stay"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable and run again"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "give a path whose folders are folders"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of this path is a file; give another path"),
     errno.EFBIG: "lift the limit on file sizes (ulimit -f) and run again",
 }
 

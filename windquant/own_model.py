@@ -15,20 +15,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from windquant import atomic, configuration, manifest, result_file, shape, sources, summary
+from windquant import atomic, configuration, manifest, result_file, shape, summary
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 RESULT = "result.json"  # in the output
-OURS = (*sources.WANTED, "tokenizer*", "vocab*", "README.md")  # files of an output
+NAMES = ".windquant"  # in the output: the names of what this command has put there
 PATHS = ("path", "test_path", "data_dir")  # keys of the configuration
 SMALL = 1024  # input channels below which a chunk of 256 columns would be a large part of a weight
 #: What the default model is measured with, texts and tasks that need no Hub; fewer samples, because other vocabularies
@@ -197,13 +196,12 @@ def check_output(out: Path, work: Path | None) -> None:
         raise WindquantError(f"--work {work}: in the folder that --out replaces; choose another one")
     if not out.exists():
         return
-    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    if names and not {RESULT, "plan.json"} <= names:
-        raise WindquantError(f"--out {out}: exists already and was not made by this command; choose another folder")
-    others = [name for name in sorted(names) if (out / name).is_dir() or not any(fnmatch(name, own) for own in OURS)]
-    if others:
+    if not out.is_dir():
+        raise WindquantError(f"--out {out}: is a file; give the name of a folder")
+    made = {NAMES, *(out / NAMES).read_text().splitlines()} if (out / NAMES).is_file() else set()
+    if others := sorted({path.name for path in out.iterdir()} - made):
         raise WindquantError(
-            f"--out {out}: would be replaced, and {others[0]} is not of this command; move it, or choose another folder"
+            f"--out {out}: would be replaced, and {others[0]} in it was not made by this command; choose another folder"
         )
 
 
@@ -236,6 +234,7 @@ def deliver(checkpoint: Path, path: Path, out: Path) -> None:
         found = measured(result_file.load(path), Manifest.load(path).notes)
         card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{found}", encoding="utf-8")
         shutil.copyfile(path, partial / RESULT)
+        (partial / NAMES).write_text("".join(f"{file.name}\n" for file in sorted(partial.iterdir())))
 
 
 def measured(entry: Mapping[str, Any], notes: Mapping[str, Any]) -> str:

@@ -143,7 +143,7 @@ def load(folder: Path, device_name: str = "auto", dtype_name: str = "float32") -
     model.eval().requires_grad_(False)
     prefix, _ = decoder_layers(model)
     state = model.state_dict()
-    tied = dict(model._tied_weights_keys or {}) if config.tie_word_embeddings else {}
+    tied = model.all_tied_weights_keys
     needed = {name: tensor.shape for name, tensor in state.items() if name not in tied}
     # transformers ties no weight that the files hold with values of its own, whatever config.json says
     own = any(

@@ -175,11 +175,11 @@ def test_what_is_missing_is_named(fails: Callable[..., str]) -> None:
     zero_shot("ppo.z", 0.375, checkpoint="ppo.after")
     assert "ppo.after: its manifest has no notes.measured_bytes" in fails(inputs)
     inputs = chain()
-    Path("ppo.after.manifest.json").unlink()
-    assert "ppo.after.manifest.json: not a readable manifest" in fails(inputs)
-    inputs = chain()
     Path("p0").write_text("{")
     assert "p0: damaged" in fails(inputs)
+    inputs = chain()
+    Path("ppo.after.manifest.json").unlink()
+    assert "ppo.after.manifest.json: not a readable manifest" in fails(inputs)
 
 
 def test_files_that_are_no_results() -> None:

@@ -70,10 +70,10 @@ def test_one_line_makes_a_checkpoint_with_its_card(folder: Path, tiny_model_fold
         (["a/b", "--bits", "2", "--out", "o", "--set", "units.order=@x"], "--set units.order=@x: @x is not YAML"),
         (["a/b", "--bits", "2", "--out", "o", "--set", "source.x=1"], "models.b.source: {'x': 1} is not"),
         (["a/b", "--bits", "2", "--out", "o", "--set", "calibration.path=5"], "calibration.path: 5 is not of type"),
-        (["a/b", "--bits", "2", "--out", "."], "--out .: exists already"),
+        (["a/b", "--bits", "2", "--out", "."], "--out .: would be replaced"),
         (["config", "--bits", "2", "--out", "o"], "config: no config.json"),
-        (["a/b", "--bits", "2", "--out", "config"], "--out config: exists already"),
-        (["a/b", "--bits", "2", "--out", "Snakefile"], "--out Snakefile: exists already"),
+        (["a/b", "--bits", "2", "--out", "config"], "--out config: would be replaced"),
+        (["a/b", "--bits", "2", "--out", "Snakefile"], "--out Snakefile: is a file"),
         (["a/b", "--bits", "2", "--out", "o", "--work", "o/work"], "--work o/work: in the folder that --out replaces"),
         (["a/b", "--bits", "2", "--out", "o", "--work", "o"], "--work o: in the folder that --out replaces"),
     ],
@@ -93,17 +93,14 @@ def test_what_the_user_has_put_into_an_output_is_not_replaced(tmp_path: Path) ->
     out = tmp_path / "out"
     out.mkdir()
     own_model.check_output(out, None)
-    for name in ("config.json", "plan.json", "model.safetensors", "tokenizer.model", "LICENSE", "README.md"):
-        (out / name).touch()
-    with pytest.raises(WindquantError, match="exists already"):
-        own_model.check_output(out, None)
     (out / "result.json").touch()
+    with pytest.raises(WindquantError, match=r"result\.json in it was not made by this command"):
+        own_model.check_output(out, None)
+    (out / ".windquant").write_text("config.json\nresult.json\n")
     own_model.check_output(out, tmp_path / "out.work")
-    for name in (".git", "figures", "measured.csv"):
-        (out / name).mkdir() if name == "figures" else (out / name).touch()
-        with pytest.raises(WindquantError, match=f"{name} is not of this command"):
-            own_model.check_output(out, None)
-        (out / name).rmdir() if name == "figures" else (out / name).unlink()
+    (out / "mine.json").touch()
+    with pytest.raises(WindquantError, match=r"mine\.json in it was not made by this command"):
+        own_model.check_output(out, None)
 
 
 def test_paths_start_where_the_caller_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

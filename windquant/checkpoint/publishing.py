@@ -50,9 +50,12 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
             f"{result}: is of {same[0]} by {same[1]} at {same[2]:.4f} bits, the checkpoint of {plan.model} by "
             f"{plan.allocator} at {measured.effective_bits:.4f}; give its own result"
         )
-    delivered = checkpoint / "result.json"  # `python -m windquant quantize` puts it there, behind the digest
-    digest = found["data"]["quantized"]
-    if delivered.read_bytes() != result.read_bytes() if delivered.is_file() else manifest.sha256(checkpoint) != digest:
+    beside = checkpoint / "result.json"  # `python -m windquant quantize` has put it there, and changed the digest so
+    if beside.is_file():
+        own = beside.read_bytes() == result.read_bytes()
+    else:
+        own = manifest.sha256(checkpoint) == found["data"]["quantized"]
+    if not own:
         raise WindquantError(f"{result}: is of a checkpoint with the same plan and other content; give its own result")
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*"))
     bits = measured.effective_bits, measured.checkpoint_bits
