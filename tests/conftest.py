@@ -91,7 +91,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path)
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=131072,
         initializer_range=0.1,
         bos_token_id=0,
         eos_token_id=0,

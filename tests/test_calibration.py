@@ -126,6 +126,15 @@ def test_recovery_takes_as_many_windows_as_there_are(
     assert torch.equal(all_of_it.calibration, calibration.load(made).calibration)
 
 
+@pytest.mark.parametrize("key", ["length", "reward_length", "recovery_length", "context"])
+def test_windows_that_are_longer_than_the_model_takes_are_refused(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    flags = ("--source", "file", "--path", str(text_file), f"--{key.replace('_', '-')}", "131073")
+    line = refused(capsys, tiny_model_folder, tmp_path / "x", *flags)
+    assert f"calibration.{key}: 131073, but the model takes 131072 tokens" in line
+
+
 def test_too_short_a_text_names_the_key_and_both_numbers(
     tiny_model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

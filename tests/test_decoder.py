@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,7 +17,7 @@ from transformers import (
 
 from tests.checkpoint.making import ARCHITECTURES
 from tests.families import family, token_ids
-from windquant.decoder import Enough, decoder_layers, embed, head, inputs, quantizable, run_layer, watch
+from windquant.decoder import Enough, check_share, decoder_layers, embed, head, inputs, quantizable, run_layer, watch
 from windquant.errors import WindquantError
 
 
@@ -81,6 +83,40 @@ def test_every_layer_gets_its_own_mask_and_positions() -> None:
     local, whole, again = (call.kwargs["position_embeddings"][0] for call in calls)
     assert torch.equal(local, again)
     assert not torch.equal(local, whole)
+
+
+def multimodal() -> Gemma3ForConditionalGeneration:
+    """Three layers for texts, five for pictures."""
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 320, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 12,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8,
+        },
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        mm_tokens_per_image=4, image_token_index=319, boi_token_index=318, eoi_token_index=317,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Gemma3ForConditionalGeneration(config).eval()
+
+
+def test_of_a_multimodal_model_the_layers_of_its_text_model_count() -> None:
+    model = multimodal()
+    prefix, layers = decoder_layers(model)
+    assert (prefix, len(layers)) == ("model.language_model.layers", 3)
+    check(model)
+    assert len(quantizable(model)) == 3 * 7
+
+
+def test_layers_that_share_weights_are_refused() -> None:
+    model = family("llama")
+    check_share(model)
+    model.all_tied_weights_keys["model.layers.1.mlp.up_proj.weight"] = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(WindquantError, match=r"share model\.layers\.1\.mlp\.up_proj\.weight"):
+        check_share(model)
 
 
 def test_forwards_come_back_after_an_error() -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -16,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from windquant import models
+from windquant import models, step, streaming
 from windquant.errors import WindquantError
 
 
@@ -40,6 +41,25 @@ def test_load_gives_an_evaluating_float32_model_without_gradients(tiny_model_fol
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert models.load(tiny_model_folder, torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_files_with_other_names_get_those_of_the_parameters(copy: Path, tmp_path: Path, tied: bool) -> None:
+    """A base model's files lack the prefix; a head of its own stands beside them."""
+    torch.manual_seed(0)
+    config = models.configuration(copy)
+    config.tie_word_embeddings = tied
+    model = LlamaForCausalLM(config).to(torch.float16)
+    config.save_pretrained(copy)
+    head = {} if tied else {"lm_head.weight": model.lm_head.weight.detach()}
+    save_file(dict(model.model.state_dict()) | head, copy / "model.safetensors", {"format": "pt"})
+    models.run(step.Task("model", {}, tmp_path / "made"), models.Settings("m", source="folder", path=str(copy)))
+    found = streaming.open_source(tmp_path / "made")
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not tied or name != "lm_head.weight"}
+    assert found.entries.keys() == wanted.keys()
+    assert all(torch.equal(found.tensor(name), tensor) for name, tensor in wanted.items())
+    assert hasattr(streaming.load(tmp_path / "made"), streaming.SOURCE)
+    assert "layers.0.self_attn.q_proj.weight" in load_file(copy / "model.safetensors")
 
 
 def test_load_for_widens_on_a_cpu(tiny_model_folder: Path) -> None:

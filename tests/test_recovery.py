@@ -1,5 +1,6 @@
 """Recovery: what is trained, what is stored, and that the step never makes a checkpoint worse."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,11 @@ def test_all_text_is_recoverys_and_that_of_the_calibration(prepared: Prepared, p
     more = windows[len(texts.recovery) :]
     assert len(more) == texts.calibration.numel() // length > 0
     assert torch.equal(more.flatten(), texts.calibration.flatten()[: more.numel()].long())
+    begins = torch.full_like(texts.calibration[:, :1], 9)
+    begun = learned_from(replace(texts, calibration=torch.cat([begins, texts.calibration], 1)))
+    assert begun[len(texts.recovery) :, 0].unique().tolist() == [9]
+    inside = begun[len(texts.recovery) :, 1:].flatten()
+    assert torch.equal(inside, texts.calibration.flatten()[: len(inside)].long())
     made = recover(prepared, packed, tmp_path / "made", text="all", steps=len(windows))
     seen = Manifest.load(made).notes["curve"]
     assert len(seen) == len(windows)

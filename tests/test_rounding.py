@@ -303,7 +303,7 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(SystemExit) as stop:
         recover(inputs, tmp_path / "made", rounding=-1)
     assert stop.value.code == 2
-    assert "error: recovery.rounding: -1 steps are none" in capsys.readouterr().err
+    assert "--rounding: '-1' is not at least 0" in capsys.readouterr().err
     short = more_text(save_calibration(tmp_path / "short", token_ids(32, 24)), token_ids(1, 24))
     with pytest.raises(SystemExit):
         recover(inputs | {"calibration": short}, tmp_path / "made", rounding=1)

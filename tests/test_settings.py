@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
@@ -30,6 +30,10 @@ class Settings(Base):
     exact: bool = True
     limit: int | None = None  # samples
     path: Path = Path("x")  # a file
+    share: Annotated[float, settings.Limit("minimum", 0), settings.Limit("exclusiveMaximum", 1)] = 0.5
+    budgets: Annotated[tuple[settings.Bits, ...], settings.Limit("maxItems", 2)] = (2.0,)
+    states: Literal[8, 12] = 12
+    most: settings.Count | None = None
 
 
 def parse(*argv: str, cls: type = Settings) -> Any:
@@ -43,8 +47,9 @@ def test_defaults_and_values() -> None:
     found = parse(
         *("--steps", "3", "--learning-rate", "1e-4", "--tasks", "c, d", "--targets=-1,2", "--fast", "--no-exact"),
         *("--limit", "5", "--path", "y", "--device", "cpu"),
+        *("--share", "0", "--budgets", "1,16", "--states", "8", "--most", "1"),
     )
-    assert found == Settings("cpu", 3, 1e-4, ("c", "d"), (-1.0, 2.0), True, False, 5, Path("y"))
+    assert found == Settings("cpu", 3, 1e-4, ("c", "d"), (-1.0, 2.0), True, False, 5, Path("y"), 0.0, (1.0, 16.0), 8, 1)
 
 
 def test_false_true_none_and_empty() -> None:
@@ -60,6 +65,13 @@ def test_false_true_none_and_empty() -> None:
         (["--fast", "maybe"], "'maybe' is not true or false"),
         (["--device", "tpu"], "'tpu' is not one of auto, cpu"),
         (["--targets", "3,x"], "'x' is not a number"),
+        (["--share", "-0.1"], "'-0.1' is not at least 0"),
+        (["--share", "1"], "'1' is not less than 1"),
+        (["--share", "nan"], "'nan' is not at least 0"),
+        (["--budgets", "2,0"], "'0' is not more than 0"),
+        (["--budgets", "2,3,4"], "the number of values in '2,3,4' is not at most 2"),
+        (["--states", "9"], "'9' is not one of 8, 12"),
+        (["--most", "0"], "'0' is not at least 1"),
     ],
 )
 def test_wrong_values_name_flag_and_remedy(argv: list[str], message: str) -> None:
@@ -131,6 +143,9 @@ def test_schema_accepts_what_the_dataclass_accepts() -> None:
     jsonschema.validate(settings.to_json(Settings()), schema)
     assert schema["properties"]["steps"]["default"] == 30
     assert schema["properties"]["learning_rate"]["description"] == "of the gains"
-    for wrong in ({"steps": 1.5}, {"device": "tpu"}, {"stepz": 1}, {"tasks": "a"}, {"exact": None}):
+    for wrong in (
+        *({"steps": 1.5}, {"device": "tpu"}, {"stepz": 1}, {"tasks": "a"}, {"exact": None}),
+        *({"share": 1.0}, {"budgets": [0.0]}, {"budgets": [2.0, 3.0, 4.0]}, {"states": 9}, {"most": 0}),
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -29,22 +29,25 @@ from windquant.packed import fixed_bytes, unit_bytes
 from windquant.plan import Plan, Units
 from windquant.quantizers import Treatment, action, menu
 from windquant.quantizers.rotation import rotation
+from windquant.settings import Count, Limit, Natural
 from windquant.statistics import Statistics
 from windquant.units import Linear, chunk_widths, protected_count
 
 FORMAT = 2
 ARRAYS = ("linear", "position", "width", "energy", "errors", "bytes")  # of a bank, as they are stored
+Width = Annotated[int, Limit("minimum", 1), Limit("maximum", 1024)]  # no kernel holds more in its registers
+Share = Annotated[float, Limit("minimum", 0), Limit("exclusiveMaximum", 1)]
 
 
 @dataclass(frozen=True)
 class Settings:
-    chunk: int = 64  # columns of a unit
-    protected: float = 0.0  # fraction of columns, the most salient ones, that stay in INT8
+    chunk: Width = 64  # columns of a unit
+    protected: Share = 0.0  # fraction of columns, the most salient ones, that stay in INT8
     treatment: Literal["scalar", "trellis", "mixed"] = "trellis"  # how widths are reached
     order: Literal["saliency", "natural"] = "saliency"  # of the columns
-    window: int = 12  # bits of the trellis state; the search keeps 2^window states (8, 10, 12 or 14)
-    jobs: int = 1  # how many jobs make the bank together, for clusters; the result is the same
-    part: int = 0  # of the jobs, the one whose part is made, from 1 (0 = all)
+    window: Literal[8, 10, 12, 14] = 12  # bits of the trellis state; the search keeps 2^window states (8, 10, 12 or 14)
+    jobs: Count = 1  # how many jobs make the bank together, for clusters; the result is the same
+    part: Natural = 0  # of the jobs, the one whose part is made, from 1 (0 = all)
 
 
 @dataclass(frozen=True)

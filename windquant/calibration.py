@@ -12,7 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from windquant import models, sources, step, texts
 from windquant.articles import Article
 from windquant.errors import WindquantError
 from windquant.evaluation import tasks
+from windquant.settings import Count, Length, Limit, Natural
 
 #: Share of the text that goes to each split, in the order of assignment.
 TRAINING = {"calibration": 0.12, "reward": 0.05, "recovery": 0.60}
@@ -41,12 +42,12 @@ class Settings:
     split: str = "train"  # of the data set (source hub)
     columns: tuple[str, ...] = ("instruction", "output")  # of the text (source hub, and of a .jsonl that has no "text")
     whole: bool = False  # a calibration sample is the beginning of one document, not a window of the joined documents
-    samples: int = 64  # calibration samples
-    length: int = 256  # tokens of a calibration sample
-    reward_samples: int = 32  # windows on which the search measures a plan
-    reward_length: int = 256  # tokens of a reward window
-    recovery_samples: int = 576  # windows that recovery may train on, or as many as the text yields
-    recovery_length: int = 512  # tokens of a recovery window
+    samples: Count = 64  # calibration samples
+    length: Length = 256  # tokens of a calibration sample
+    reward_samples: Annotated[int, Limit("minimum", 2)] = 32  # windows on which the search measures a plan
+    reward_length: Length = 256  # tokens of a reward window
+    recovery_samples: Count = 576  # windows that recovery may train on, or as many as the text yields
+    recovery_length: Length = 512  # tokens of a recovery window
     # "same" holds out a part of `source`; "rows" is a file with one row a line, joined like the Hub's WikiText-2
     test_source: Literal["same", "articles", "hub", "file", "rows"] = "same"  # perplexity's text (same: of source)
     test_path: str = ""  # text file (test_source file, or rows: one row a line)
@@ -54,9 +55,9 @@ class Settings:
     test_subset: str = "wikitext-2-raw-v1"  # of the data set (test_source hub)
     test_split: str = "test"  # of the data set (test_source hub)
     test_columns: tuple[str, ...] = ("text",)  # of the data set (test_source hub)
-    context: int = 1024  # tokens of a test window
-    cloze_records: int = 150  # of the task made from held-out articles, or as many as they yield
-    next_sentence_records: int = 75  # of the task next_sentence, or as many as they yield
+    context: Length = 1024  # tokens of a test window
+    cloze_records: Natural = 150  # of the task made from held-out articles, or as many as they yield
+    next_sentence_records: Natural = 75  # of the task next_sentence, or as many as they yield
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ def load(folder: Path) -> Calibration:
 def run(task: step.Task, settings: Settings) -> None:
     tokenizer = models.load_tokenizer(task.inputs["model"])
     first = beginning_token(tokenizer)
+    most = models.positions(models.configuration(task.inputs["model"]))
+    for key in ("length", "reward_length", "recovery_length", "context"):
+        if most is not None and getattr(settings, key) > most:
+            raise WindquantError(
+                f"calibration.{key}: {getattr(settings, key)}, but the model takes {most} tokens; give at most so many"
+            )
     splits = split_texts(settings)
     tokens: dict[str, Tensor] = {}
     info: dict[str, Any] = {"source": texts.origin(settings), "test_name": splits.test_name, "splits": {}}

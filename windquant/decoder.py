@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from windquant.errors import WindquantError
 from windquant.units import Linear
@@ -30,12 +31,18 @@ class Call:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the longest ModuleList whose entries all hold linears."""
+    """Name and list of the decoder layers: the longest ModuleList whose entries all hold linears.
+
+    A multimodal model has such lists for pictures or sounds too; those of its text model count.
+    """
+    text = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     found = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(map(_has_linears, module))
     ]
+    own = set(text.modules()) if isinstance(text, nn.Module) else set()
+    found = [item for item in found if item[1] in own] or found
     if not found:
         raise WindquantError(
             f"{type(model).__name__}: no decoder layers with nn.Linear weights; WINDQuant quantizes causal language "
@@ -45,8 +52,17 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def check_share(model: nn.Module) -> None:
-    """WindquantError if much of the decoder layers is in tensors that are no nn.Linear, as experts often are."""
+    """WindquantError if much of the decoder layers is in tensors that are no nn.Linear, as experts often are.
+
+    Also for weights that several layers share: each layer is quantized by what it reads itself.
+    """
     prefix, layers = decoder_layers(model)
+    for name in getattr(model, "all_tied_weights_keys", ()):
+        if name.startswith(f"{prefix}."):
+            raise WindquantError(
+                f"{type(model).__name__}: its decoder layers share {name}: WINDQuant quantizes no such model; give one "
+                "whose layers have weights of their own"
+            )
     linears = {f"{name}.weight" for name in _linears(layers)}
     sizes = {name: weight.numel() for name, weight in layers.named_parameters() if weight.dim() > 1}
     whole = sum(sizes.values())

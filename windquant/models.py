@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -74,6 +75,7 @@ def run(task: step.Task, settings: Settings) -> None:
                 sources.link_folder(f"{key}.path", path, task.output)
             origin, digest = f"folder:{path}", ""
     task.note("parameters", check_folder(task.output))
+    rename(task.output)
     task.note("origin", origin)
     task.note("revision", digest)
 
@@ -104,15 +106,9 @@ def check_folder(folder: Path) -> int:
 
     Reads every weight once, a tensor at a time. Raises WindquantError naming the file or tensor.
     """
-    config = configuration(folder)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(configuration(folder), "quantization_config", None) is not None:
         raise WindquantError(f"{folder}: the model is quantized already; give the original one")
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
-        raise WindquantError(f"{folder}: not a causal language model of transformers ({first_line(error)})") from error
-    check_share(skeleton)
+    check_share(skeleton(folder))
     load_tokenizer(folder)
     count = 0
     for file in weight_files(folder):
@@ -123,6 +119,37 @@ def check_folder(folder: Path) -> int:
                 check_finite([(name, tensor)], file)
                 count += tensor.numel()
     return count
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a Hugging Face folder's configuration, without memory."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(configuration(folder))
+    except (ValueError, KeyError) as error:
+        raise WindquantError(f"{folder}: not a causal language model of transformers ({first_line(error)})") from error
+    return model
+
+
+def rename(folder: Path) -> None:
+    """Store the weights of a folder by the names of the model's parameters, by which the steps read them.
+
+    Some files have others (a base model's, a multimodal one's, old ones), which transformers translates as it loads
+    the whole model. WindquantError, as from `load`, tells what is missing under every name.
+    """
+    files = weight_files(folder)
+    names = {name for file in files for name in entries(file)}
+    empty = skeleton(folder)
+    if empty.state_dict().keys() - empty.all_tied_weights_keys.keys() <= names:
+        return
+    model = load(folder, stored_dtype(folder) or torch.float32)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for name, twin in model.all_tied_weights_keys.items():
+        if name in state and twin in state and state[name].data_ptr() == state[twin].data_ptr():
+            del state[name]
+    for path in (*files, folder / "model.safetensors.index.json"):
+        path.unlink(missing_ok=True)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -238,6 +265,12 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     if isinstance(said, torch.dtype):
         return said
     return max(entries(weight_files(folder)[0]).values(), key=lambda entry: entry.size).dtype
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a text may have at most; None where the model's configuration sets no limit."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def first_line(error: BaseException) -> str:

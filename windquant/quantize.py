@@ -21,14 +21,15 @@ from windquant.errors import WindquantError
 from windquant.feedback import column_order, quantize_linear
 from windquant.packed import Layout
 from windquant.plan import Plan
+from windquant.settings import Count, Natural
 from windquant.statistics import Covariance, Flow, Statistics, owners
 from windquant.units import Linear, chunk_widths, protected_count
 
 
 @dataclass(frozen=True)
 class Settings:
-    batch: int = 16  # calibration samples at a time
-    recovery_windows: int = 0  # how many of recovery's windows (at most all) covariances are taken from too
+    batch: Count = 16  # calibration samples at a time
+    recovery_windows: Natural = 0  # how many of recovery's windows (at most all) covariances are taken from too
 
 
 def run(task: step.Task, settings: Settings) -> None:

@@ -30,6 +30,7 @@ from windquant.gains import GainLinear, regain, stored_gain
 from windquant.layerwise import Streamed
 from windquant.original import Original
 from windquant.progress import Progress
+from windquant.settings import Natural, Rate
 from windquant.training import Training
 from windquant.tuning import Tuning, drawn, norms_of
 
@@ -41,15 +42,15 @@ class Settings:
     preset: Literal["light", "standard", "full"] = "light"  # 80, 400, 2000 steps; an EPYC takes 2, 9, 45 minutes
     # Layer by layer takes the memory of one, and more time; what is recovered is the same
     scope: Literal["auto", "model", "layers"] = "auto"  # what is in memory; auto: the whole model where it fits
-    steps: int | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays as it is
+    steps: Natural | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays
     text: Literal["recovery", "all"] = "recovery"  # split it learns from; all: the calibration split as well
     # Rates are multiplied by the divergence before recovery, of at most one nat: the less there is to recover, the less
     # a step may destroy
-    gain_rate: float = 6e-3  # learning rate of the log-gains, per nat of divergence
-    norm_rate: float = 3e-3  # learning rate of the norms, per nat of divergence
-    warmup: int = 5  # steps until the full rate; it falls as a cosine from there
+    gain_rate: Rate = 6e-3  # learning rate of the log-gains, per nat of divergence
+    norm_rate: Rate = 3e-3  # learning rate of the norms, per nat of divergence
+    warmup: Natural = 5  # steps until the full rate; it falls as a cosine from there
     # Before the distillation, by signed gradients; the codes of a trellis stay
-    rounding: int = 0  # steps for every decoder layer that move codes of scalar chunks of up to 4 bits; 0: none moves
+    rounding: Natural = 0  # steps for every decoder layer that move codes of scalar chunks of up to 4 bits; 0: none
 
 
 def run(task: step.Task, settings: Settings) -> None:
@@ -65,8 +66,6 @@ def run(task: step.Task, settings: Settings) -> None:
             file=sys.stderr,
             flush=True,
         )
-    if settings.rounding < 0:
-        raise WindquantError(f"recovery.rounding: {settings.rounding} steps are none; give a positive number, or 0")
     if settings.rounding:
         quantized = rounding.rounded(task, original, quantized, text, held_out, settings.rounding)
     scope = settings.scope
@@ -117,11 +116,15 @@ def run(task: step.Task, settings: Settings) -> None:
 
 
 def learned_from(texts: calibration.Calibration) -> Tensor:
-    """The windows of recovery, and the calibration split cut into as long ones: int64 [n, length]."""
-    length = texts.recovery.shape[1]
-    tokens = texts.calibration.flatten()
+    """The windows of recovery, and the calibration split cut into as long ones: int64 [n, length].
+
+    A token that begins every sample (BOS) begins every window and stands nowhere else.
+    """
+    first = texts.calibration[:, :1]
+    begins = int((first == first[0]).all())
+    tokens, length = texts.calibration[:, begins:].flatten(), texts.recovery.shape[1] - begins
     more = tokens[: len(tokens) // length * length].view(-1, length)
-    return torch.cat([texts.recovery, more]).long()
+    return torch.cat([texts.recovery, torch.cat([first[:1, :begins].expand(len(more), -1), more], 1)]).long()
 
 
 class Whole:

@@ -79,45 +79,6 @@ STUDIES: dict[str, dict[str, Any]] = {
         "in units, search, quantize and recovery",
     },
 }
-#: What the types alone do not say.
-LIMITS: dict[str, dict[str, Any]] = {
-    "calibration.samples": {"minimum": 1},
-    "calibration.length": {"minimum": 2},
-    "calibration.reward_samples": {"minimum": 2},
-    "calibration.reward_length": {"minimum": 2},
-    "calibration.recovery_samples": {"minimum": 1},
-    "calibration.recovery_length": {"minimum": 2},
-    "calibration.context": {"minimum": 2},
-    "calibration.cloze_records": {"minimum": 0},
-    "calibration.next_sentence_records": {"minimum": 0},
-    "statistics.batch": {"minimum": 1},
-    "statistics.samples": {"minimum": 1},
-    "statistics.fisher_samples": {"minimum": 1},
-    "units.chunk": {"minimum": 1, "maximum": 1024},  # no kernel holds more in its registers
-    "units.protected": {"minimum": 0, "exclusiveMaximum": 1},
-    "units.window": {"enum": [8, 10, 12, 14]},
-    "units.jobs": {"minimum": 1},
-    "search.evaluations": {"minimum": 0},
-    "search.reward_tokens": {"minimum": 2},
-    "search.targets": {"items": BITS, "minItems": 1, "maxItems": 2},
-    "search.curriculum": {"items": BITS},
-    "search.episodes": {"minimum": 1},
-    "search.epochs": {"minimum": 1},
-    "search.learning_rate": {"exclusiveMinimum": 0},
-    "search.n_envs": {"minimum": 2},
-    "search.hidden": {"minimum": 1},
-    "quantize.batch": {"minimum": 1},
-    "quantize.recovery_windows": {"minimum": 0},
-    "recovery.steps": {"minimum": 0},
-    "recovery.gain_rate": {"minimum": 0},
-    "recovery.norm_rate": {"minimum": 0},
-    "recovery.warmup": {"minimum": 0},
-    "recovery.rounding": {"minimum": 0},
-    "evaluation.windows": {"minimum": 0},
-    "evaluation.batch": {"minimum": 1},
-    "evaluation.limit": {"minimum": 0},
-    "evaluation.batch_size": {"minimum": 1},
-}
 
 
 def schema() -> dict[str, Any]:
@@ -127,7 +88,7 @@ def schema() -> dict[str, Any]:
         known = settings.json_schema(importlib.import_module(dependencies.entry(step.module)).Settings)["properties"]
         for name in (name for name in known if name not in step.arguments):
             section = step.section_of(name)
-            key, value = f"{section}.{name}", known[name] | LIMITS.get(f"{section}.{name}", {})
+            key, value = f"{section}.{name}", known[name]
             if sections.setdefault(section, {}).setdefault(name, value) != value:
                 raise ValueError(f"{step.module}: {key} means something else in another step")
     model = sections.pop("model")

@@ -5,7 +5,9 @@
         steps: int = 30  # distillation steps
 
 gives `--steps 30`, the help text "distillation steps", and {"steps": {"type": "integer", "default": 30, ...}}.
-Field types: int, float, str, bool, Path, Literal of strings, tuples of one of these (comma-separated), and `| None`.
+Field types: int, float, str, bool, Path, Literal of strings or of ints, tuples of one of these (comma-separated), and
+`| None`.
+What a number may be stands in its type, in the words of JSON schema: `steps: Annotated[int, Limit("minimum", 1)]`.
 """
 
 import argparse
@@ -13,18 +15,42 @@ import ast
 import dataclasses
 import inspect
 import io
+import operator
 import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from windquant.errors import WindquantError
 
 T = TypeVar("T")
 NONE = "none"
+#: What a limit means, and how it is told.
+COMPARISONS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "minimum": (operator.ge, "at least"),
+    "exclusiveMinimum": (operator.gt, "more than"),
+    "maximum": (operator.le, "at most"),
+    "exclusiveMaximum": (operator.lt, "less than"),
+    "minItems": (lambda values, least: len(values) >= least, "at least"),
+    "maxItems": (lambda values, most: len(values) <= most, "at most"),
+}
+
+
+class Limit(NamedTuple):
+    """What a number, or the size of a tuple, may be."""
+
+    name: str  # in JSON schema
+    value: float
+
+
+Natural = Annotated[int, Limit("minimum", 0)]
+Count = Annotated[int, Limit("minimum", 1)]
+Length = Annotated[int, Limit("minimum", 2)]  # of a window: a token is given, the others are predicted
+Rate = Annotated[float, Limit("minimum", 0)]
+Bits = Annotated[float, Limit("exclusiveMinimum", 0), Limit("maximum", 16)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +60,9 @@ class Kind:
     scalar: type  # int, float, str, bool or Path
     many: bool = False  # tuple[scalar, ...]
     optional: bool = False  # ... | None
-    choices: tuple[str, ...] = ()  # of a Literal
+    choices: tuple[str | int, ...] = ()  # of a Literal
+    limits: tuple[Limit, ...] = ()  # of the scalar
+    sizes: tuple[Limit, ...] = ()  # of the tuple
 
 
 def flag(name: str) -> str:
@@ -63,19 +91,23 @@ def comments(cls: type) -> dict[str, str]:
 
 def kinds(cls: type) -> dict[str, Kind]:
     """Type of every field; raises TypeError for one that the command line cannot carry."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: _kind(hints[field.name], field.name) for field in dataclasses.fields(cls) if field.init}
 
 
 def _kind(hint: Any, name: str) -> Kind:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        inner = _kind(arguments[0], name)
+        limits = arguments[1:]
+        return dataclasses.replace(inner, sizes=limits) if inner.many else dataclasses.replace(inner, limits=limits)
     if origin in (typing.Union, types.UnionType) and len(arguments) == 2 and type(None) in arguments:
         inner = next(argument for argument in arguments if argument is not type(None))
         return dataclasses.replace(_kind(inner, name), optional=True)
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         return dataclasses.replace(_kind(arguments[0], name), many=True)
-    if origin is Literal and all(isinstance(argument, str) for argument in arguments):
-        return Kind(str, choices=arguments)
+    if origin is Literal and (kinds := {type(argument) for argument in arguments}) in ({str}, {int}):
+        return Kind(kinds.pop(), choices=arguments)
     if hint in (int, float, str, bool, Path):
         return Kind(hint)
     raise TypeError(f"setting {name}: type {hint} has no command-line form")
@@ -87,18 +119,28 @@ def parse(text: str, kind: Kind) -> Any:
         return None
     if kind.many:
         inner = dataclasses.replace(kind, many=False, optional=False)
-        return tuple(parse(part.strip(), inner) for part in text.split(",") if part.strip())
+        parts = tuple(parse(part.strip(), inner) for part in text.split(",") if part.strip())
+        return _within(parts, kind.sizes, f"the number of values in {text!r}")
     if kind.scalar is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{text!r} is not true or false")
         return text.lower() == "true"
-    if kind.choices and text not in kind.choices:
-        raise ValueError(f"{text!r} is not one of {', '.join(kind.choices)}")
+    if kind.choices and text not in map(str, kind.choices):
+        raise ValueError(f"{text!r} is not one of {', '.join(map(str, kind.choices))}")
     try:
-        return kind.scalar(text)
+        value = kind.scalar(text)
     except ValueError:
         wanted = {int: "a whole number", float: "a number"}[kind.scalar]
         raise ValueError(f"{text!r} is not {wanted}") from None
+    return _within(value, kind.limits, repr(text))
+
+
+def _within(value: Any, limits: Iterable[Limit], subject: str) -> Any:
+    for limit in limits:
+        holds, words = COMPARISONS[limit.name]
+        if not holds(value, limit.value):
+            raise ValueError(f"{subject} is not {words} {limit.value:g}")
+    return value
 
 
 def show(value: Any) -> str:
@@ -133,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls
             negative: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             parser.add_argument(flag(f"no_{name}"), action="store_const", const=False, **negative)
         else:
-            shown = "|".join(kind.choices) if kind.choices else kind.scalar.__name__.upper()
+            shown = "|".join(map(str, kind.choices)) if kind.choices else kind.scalar.__name__.upper()
             parser.add_argument(flag(name), metavar=f"{shown},..." if kind.many else shown, **options)
 
 
@@ -196,11 +238,12 @@ def json_schema(cls: type) -> dict[str, Any]:
         schema: dict[str, Any] = {"type": json_type}
         if kind.choices:
             schema["enum"] = list(kind.choices)
+        schema |= dict(kind.limits)
         if kind.many:
-            schema = {"type": "array", "items": schema}
+            schema = {"type": "array", "items": schema, **dict(kind.sizes)}
         if kind.optional:  # as a list of types where it can be: what is wrong is said more plainly than of `anyOf`
             plain = not (kind.many or kind.choices)
-            schema = {"type": [json_type, "null"]} if plain else {"anyOf": [schema, {"type": "null"}]}
+            schema = {**schema, "type": [json_type, "null"]} if plain else {"anyOf": [schema, {"type": "null"}]}
         if name in text:
             schema["description"] = text[name]
         if (default := _default(cls, name)) is not dataclasses.MISSING:

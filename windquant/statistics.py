@@ -27,15 +27,16 @@ from windquant.errors import WindquantError
 from windquant.feedback import factor
 from windquant.flow import Activations, Flow
 from windquant.progress import Progress
+from windquant.settings import Count
 from windquant.units import Linear
 
 
 @dataclass(frozen=True)
 class Settings:
-    batch: int = 16  # samples at a time
+    batch: Count = 16  # samples at a time
     # More of them change a plan's cost by a thousandth (docs/decisions.md); quantize takes all
-    samples: int = 64  # calibration samples that the energies are taken from, or as many as there are
-    fisher_samples: int = 16  # how many of these, the first ones, the Fisher weights are taken from
+    samples: Count = 64  # calibration samples that the energies are taken from, or as many as there are
+    fisher_samples: Count = 16  # how many of these, the first ones, the Fisher weights are taken from
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,6 @@ class Statistics:
 
 
 def run(task: step.Task, settings: Settings) -> None:
-    if settings.samples < 1:
-        raise WindquantError(f"statistics.samples: {settings.samples}; give 1 or more")
     ids = calibration.load(task.inputs["calibration"]).calibration[: settings.samples].long()
     model = streaming.load(task.inputs["model"])
     layers = len(decoder.decoder_layers(model)[1])
@@ -200,7 +199,8 @@ def forward(
             if linear.group not in energy:
                 raise WindquantError(
                     f"{linear.name}: no token of the calibration text reaches it, so nothing is known about its "
-                    "inputs; raise calibration.samples"
+                    "inputs; raise calibration.samples for an expert of a mixture; what a layer uses without "
+                    "calling it cannot be quantized"
                 )
         linears += here
         last = index + 1

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from windquant.allocation.settings import SearchSettings, Settings
 from windquant.allocation.walk import Brief, Walk
 from windquant.bank import Bank
 from windquant.errors import WindquantError
+from windquant.settings import from_mapping
 
 QUICK = SearchSettings(episodes=16, evaluations=10, n_envs=4, targets=(2.0, 3.0))
 Measure = Callable[[Choice], float]
@@ -313,32 +315,22 @@ def test_measurements_are_spread_over_the_walks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("cls", "key", "value"),
     [
-        ({"evaluations": -1}, "search.evaluations"),
-        ({"target_bits": 17.0}, "target_bits"),
-        ({"target_bits": float("nan")}, "target_bits"),
-        ({"reward_tokens": 1}, "search.reward_tokens"),
+        (Settings, "evaluations", -1),
+        (Settings, "target_bits", 17.0),
+        (Settings, "target_bits", float("nan")),
+        (Settings, "reward_tokens", 1),
+        (SearchSettings, "episodes", 0),
+        (SearchSettings, "n_envs", 1),
+        (SearchSettings, "evaluations", -1),
+        (SearchSettings, "learning_rate", 0.0),
+        (SearchSettings, "targets", ()),
+        (SearchSettings, "targets", (3.0, 2.0)),
+        (SearchSettings, "targets", (0.0, 2.0)),
+        (SearchSettings, "targets", (1.0, 2.0, 3.0)),
     ],
 )
-def test_impossible_settings_are_named(changes: dict[str, float], key: str) -> None:
-    with pytest.raises(WindquantError, match=key):
-        Settings(**changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"episodes": 0}, "search.episodes"),
-        ({"n_envs": 1}, "search.n_envs"),
-        ({"evaluations": -1}, "search.evaluations"),
-        ({"learning_rate": 0.0}, "search.learning_rate"),
-        ({"targets": ()}, "search.targets: nothing is no range"),
-        ({"targets": (3.0, 2.0)}, "search.targets: 3, 2 is no range"),
-        ({"targets": (0.0, 2.0)}, "search.targets"),
-        ({"targets": (1.0, 2.0, 3.0)}, "search.targets"),
-    ],
-)
-def test_impossible_settings_of_the_search_are_named(changes: dict[str, float], key: str) -> None:
-    with pytest.raises(WindquantError, match=key):
-        SearchSettings(**changes)
+def test_impossible_settings_are_named(cls: type, key: str, value: Any) -> None:
+    with pytest.raises(WindquantError, match=f"search.{key}: "):
+        from_mapping(cls, {key: value}, "search")

@@ -48,6 +48,14 @@ def test_generate_continues_the_text(whole: Made, capsys: pytest.CaptureFixture[
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_generate_ends_where_the_model_does(whole: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """All tiny models have 128 positions."""
+    assert main(["generate", str(whole.folder), "w7 " * 126, "--tokens", "5"]) == 0
+    assert len(capsys.readouterr().out.split()) == 128
+    assert main(["generate", str(whole.folder), "w7 " * 128]) == 2
+    assert "the text has 128 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -73,6 +81,8 @@ def test_what_a_person_can_mend_is_one_line(
         (["inspect", "{source}"], "not the configuration of a windquant checkpoint"),
         (["generate", "{nowhere}", "w1"], "no such folder"),
         (["generate", "{folder}", "w1", "--tokens", "0"], "--tokens"),
+        (["generate", "{folder}", "w1", "--temperature", "nan"], "--temperature"),
+        (["generate", "{folder}", "w1", "--seed", "-1"], "--seed"),
         (["generate", "{folder}", ""], "no tokens"),
     ],
 )

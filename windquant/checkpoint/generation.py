@@ -4,6 +4,8 @@ python -m windquant generate data/checkpoints/smollm2-135m_2.0bits.ppo/quantized
 """
 
 import argparse
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
     options = parser.parse_args(arguments)
-    if options.tokens < 1 or options.temperature < 0:
-        raise WindquantError("--tokens takes a number above 0, --temperature one that is not below 0")
+    if options.tokens < 1 or not 0 <= options.temperature < math.inf or not 0 <= options.seed < 2**63:
+        raise WindquantError("--tokens takes a number above 0, --temperature and --seed one that is not below 0")
     generate(options.checkpoint, options.text, options.tokens, options.temperature, options.seed)
 
 
@@ -34,7 +36,7 @@ def generate(folder: Path, text: str, tokens: int, temperature: float = 0.0, see
     import torch
     from transformers import TextStreamer
 
-    from windquant.models import load_for, load_tokenizer
+    from windquant.models import load_for, load_tokenizer, positions
 
     tokenizer = load_tokenizer(folder)
     model: Any = load_for(folder)  # transformers declares `generate` on a protocol of its own
@@ -43,11 +45,14 @@ def generate(folder: Path, text: str, tokens: int, temperature: float = 0.0, see
     inputs = tokenizer(text, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise WindquantError("the text has no tokens; give one that has a word")
+    room = (positions(model.config) or sys.maxsize) - inputs.input_ids.shape[1]
+    if room < 1:
+        raise WindquantError(f"the text has {inputs.input_ids.shape[1]} tokens, as many as the model takes; shorten it")
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.generate(
         **inputs,
-        max_new_tokens=tokens,
+        max_new_tokens=min(tokens, room),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **drawn,

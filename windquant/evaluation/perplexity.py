@@ -22,14 +22,15 @@ from windquant import calibration, compute, decoder, step, streaming
 from windquant.errors import WindquantError
 from windquant.flow import Flow
 from windquant.progress import Progress
+from windquant.settings import Count, Natural
 
 POSITIONS = 256  # logits that are widened to float32 at a time
 
 
 @dataclass(frozen=True)
 class Settings:
-    windows: int = 16  # how many, evenly spread over the text (0 = all)
-    batch: int = 1  # windows per forward pass
+    windows: Natural = 16  # how many, evenly spread over the text (0 = all)
+    batch: Count = 1  # windows per forward pass
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # auto: float32; as stored for a large model on a GPU

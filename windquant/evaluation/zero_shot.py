@@ -28,6 +28,7 @@ from windquant import compute, kernels, memory, models, sources, step, streaming
 from windquant.errors import WindquantError
 from windquant.evaluation import local, tasks as embedded
 from windquant.evaluation.local import EMBEDDED, SPLITS
+from windquant.settings import Count, Natural
 
 STREAMED = 4  # times the batch where every batch reads the model from its files
 
@@ -36,8 +37,8 @@ STREAMED = 4  # times the batch where every batch reads the model from its files
 class Settings:
     tasks: tuple[str, ...] = EMBEDDED  # names of lm-eval, or cloze and next_sentence
     metric: Literal["acc", "acc_norm"] = "acc"  # acc_norm (by length) where a task has it, else acc
-    limit: int = 0  # samples per task, the first ones (0 = all)
-    batch_size: int = 8  # requests per forward pass
+    limit: Natural = 0  # samples per task, the first ones (0 = all)
+    batch_size: Count = 8  # requests per forward pass
     data_dir: str = ""  # folder of <task>.<split>.jsonl in the columns of the Hub's data sets; empty: the Hub
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
