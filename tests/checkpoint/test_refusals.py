@@ -122,6 +122,32 @@ def test_shapes_that_disagree(copied: Copied, place: int, value: object, word: s
     refused(folder, word)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("chunk", 0), ("protected", 1.0), ("protected", -0.1), ("window", 9), ("linears", {}), ("linears", [1])],
+)
+def test_numbers_that_no_checkpoint_has(copied: Copied, key: str, value: object) -> None:
+    folder = copied()
+    change_config(folder, lambda quantization: quantization.update({key: value}))
+    refused(folder, "config.json", "damaged")
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, -1), (1, 0), (1, "75"), (2, 1.5)])
+def test_shapes_that_are_none(copied: Copied, place: int, value: object) -> None:
+    folder = copied()
+    change_config(folder, lambda quantization: operator.setitem(quantization["linears"][LINEAR], place, value))
+    refused(folder, "config.json", "damaged", LINEAR)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"quantization_config": null}', '{"quantization_config": [1]}'])
+def test_configurations_of_something_else(copied: Copied, content: str) -> None:
+    folder = copied()
+    (folder / "config.json").write_text(content)
+    for reader in (checkpoint.read, checkpoint.measure):
+        with pytest.raises(WindquantError, match=r"config\.json: "):
+            reader(folder)
+
+
 def test_tensors_that_disagree(copied: Copied) -> None:
     def lack(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[f"{LINEAR}.row_scales"]

@@ -18,11 +18,13 @@ import torch
 from windquant.errors import WindquantError
 from windquant.packed import Format, Layout
 from windquant.quantizers import actions
+from windquant.quantizers.trellis import DISTORTION
 from windquant.units import Linear
 
 METHOD = "windquant"
 FORMAT_VERSION = 3  # 1: no trellis codes of 2.5 and 3.5 bits, and other numbers of actions; 2: streams are no rings
 KEYS = ("chunk", "protected", "window", "dtype", "skip_dtype", "linears")
+WINDOWS = {window for _, window in DISTORTION}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -73,12 +75,26 @@ def describe(layouts: Mapping[str, Layout], dtype: torch.dtype) -> dict[str, Any
     }
 
 
+def _check(form: Format, linears: list[Linear]) -> None:
+    """ValueError for numbers that no checkpoint has."""
+    if form.chunk < 1 or not 0 <= form.protected < 1 or form.window not in WINDOWS:
+        raise ValueError(f"chunk {form.chunk}, protected {form.protected}, window {form.window}")
+    if not linears:
+        raise ValueError("no linears")
+    for linear in linears:
+        sizes = (linear.layer + 1, linear.rows, linear.columns)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"{linear.name}: layer {linear.layer}, {linear.rows} rows, {linear.columns} columns")
+
+
 def layouts(description: Mapping[str, Any], where: object) -> dict[str, Layout]:
     """The layouts that a quantization_config describes.
 
     where: what the errors name, usually the path of config.json. Raises WindquantError for another method or format
     version, a missing key, an unknown action, or chunks that do not cover a linear's columns.
     """
+    if not isinstance(description, Mapping):
+        raise WindquantError(f"{where}: quantization_config is no table of keys; give a windquant checkpoint")
     method, version = description.get("quant_method"), description.get("format_version")
     if method != METHOD:
         raise WindquantError(f"{where}: quantized by {method}, not by {METHOD}; give a windquant checkpoint")
@@ -101,6 +117,7 @@ def layouts(description: Mapping[str, Any], where: object) -> dict[str, Layout]:
             name: Layout(Linear(name, name.rpartition(".")[2], layer, group, rows, columns), expand(names), form)
             for name, (layer, rows, columns, group, names) in description["linears"].items()
         }
+        _check(form, [layout.linear for layout in found.values()])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WindquantError(
             f"{where}: quantization_config is damaged ({error!r}); quantize the model again"
