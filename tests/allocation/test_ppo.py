@@ -185,6 +185,17 @@ def test_a_search_killed_while_training_goes_on_from_its_last_update(
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".txt"}
 
 
+def test_a_killed_search_without_measurements_goes_on(small_bank: Bank, tmp_path: Path) -> None:
+    def mortal(values: dict[str, float], update: int) -> None:
+        if update == 2:
+            raise Killed
+
+    options = dataclasses.replace(QUICK, evaluations=0)
+    with pytest.raises(Killed):
+        search(small_bank, 0, options, never, tmp_path, mortal)
+    assert same(search(small_bank, 0, options, never, tmp_path), search(small_bank, 0, options, never))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(small_bank: Bank, hidden_loss: Callable[..., Measure]) -> Learned:
     return search(small_bank, 0, QUICK, hidden_loss(small_bank))

@@ -230,7 +230,7 @@ class Search:
             "optimizer": checkpoint.optimizer_tensors(ppo.policy.optimizer),
             "environment": env.state(),
             "trial": {
-                "choice": np.array([trial.choice for trial in done]).reshape(len(done), -1),
+                "choice": np.array([trial.choice for trial in done], np.int64).reshape(len(done), len(self.bank.linear)),
                 "value": np.array([[t.target, t.loss, t.predicted, t.corrected] for t in done]).reshape(-1, 4),
             },
             "random": numbers,
