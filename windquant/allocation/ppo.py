@@ -223,14 +223,14 @@ class Search:
         """Write everything that the next update depends on."""
         if self.cache is None or ppo._last_obs is None:
             return
-        done = self.trials.done
+        done, units = self.trials.done, len(self.bank.linear)
         numbers, state = checkpoint.random_state()
         groups = {
             "policy": ppo.policy.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(ppo.policy.optimizer),
             "environment": env.state(),
             "trial": {
-                "choice": np.array([trial.choice for trial in done], np.int64).reshape(len(done), len(self.bank.linear)),
+                "choice": np.array([trial.choice for trial in done], np.int64).reshape(len(done), units),
                 "value": np.array([[t.target, t.loss, t.predicted, t.corrected] for t in done]).reshape(-1, 4),
             },
             "random": numbers,
