@@ -236,12 +236,28 @@ def test_what_a_results_name_says(name: str, variant: str | None) -> None:
         assert configuration.variant(found.name, ["chunk32"]) == found
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("ablations: {chunk: {32: {units: {chunk: 32}}}}", "ablations.chunk.32"),
+        ("ablations: {recovery: {off: {recovery: {steps: 0}}}}", "ablations.recovery.False"),
+        ("models: {135: {source: embedded}}", "models.135"),
+    ],
+)
+def test_names_that_yaml_takes_for_something_else(text: str, where: str) -> None:
+    with pytest.raises(WindquantError, match=rf"configuration: {where}: a name is text; write it in quotes"):
+        configuration.validate(yaml.safe_load(text), schema_module.schema())
+
+
 def test_unreadable_configurations(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(WindquantError, match="No such file"):
         configuration.load(path)
     path.write_text("a: [1,\nb: 2")
     with pytest.raises(WindquantError, match="not YAML"):
+        configuration.load(path)
+    path.write_bytes(b"a: caf\xe9\n")
+    with pytest.raises(WindquantError, match="not UTF-8"):
         configuration.load(path)
     path.write_text("# nothing yet\n")
     with pytest.raises(WindquantError, match="holds no keys"):

@@ -57,6 +57,13 @@ def test_every_familys_words_for_the_proportions_are_known(name: str, intermedia
     assert (shape.layers, shape.hidden, shape.intermediate) == (3, 40, 40 * intermediate)
 
 
+def test_a_configuration_in_the_current_folder_is_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(LLAMA_70B))
+    assert shapes.known({"name": "x", "source": "hub", "id": "a/b"}) is None
+    assert shapes.known({"name": "x", "source": "folder", "path": str(tmp_path)}) == Shape.of(LLAMA_70B, "")
+
+
 def test_where_layers_differ_the_widest_counts(tmp_path: Path) -> None:
     assert Shape.of(LLAMA_70B | {"intermediate_size": [8, 16, 12]}, "").intermediate == 16
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "state_size": 16}))  # no attention

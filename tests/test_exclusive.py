@@ -60,6 +60,17 @@ def test_who_lives_is_named_and_who_is_dead_blocks_nobody(what: str) -> None:
     assert not list(Path(".cache").rglob("*.json"))
 
 
+def test_alone() -> None:
+    with exclusive.alone("verify"):
+        holder = rf"another verify works in .*: verify, process {os.getpid()}, since"
+        with pytest.raises(WindquantError, match=holder), exclusive.alone("verify"):
+            pass
+        with exclusive.alone("another"):
+            pass
+    with exclusive.alone("verify"):
+        pass
+
+
 def test_a_step_by_hand_leaves_nothing() -> None:
     with exclusive.running("x"):
         assert not list(Path().iterdir())

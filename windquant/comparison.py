@@ -3,7 +3,8 @@
 python -m windquant.comparison --results results/X.json results/X.greedy.json --output results/X.comparison.csv
 
 Results that differ in their seed alone share a row: means, and beside every measured quantity its standard deviation
-over the seeds (n - 1; empty for a single one).
+over the seeds (n - 1; empty for a single one). `lagrangian` counts the seeds whose learned plan was not taken, because
+the Lagrangian one was better or nothing could be said, and `fallbacks` those whose search came to nothing.
 """
 
 import math
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windquant import configuration, result_file
+from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
+from windquant.manifest import Manifest
 
 if TYPE_CHECKING:
     from windquant.task import Task
@@ -40,10 +43,14 @@ def run(task: "Task", settings: Settings) -> None:
     actions = [str(name) for name in table if str(name).startswith("actions_")]
     table[actions] = table[actions].fillna(0)  # what a plan does not use
     groups = table.groupby(NAMES, sort=False, dropna=False)
-    measured = [str(name) for name in table if name not in (*NAMES, "seed", "fallback")]
+    measured = [str(name) for name in table if name not in (*NAMES, "seed", "lagrangian", "fallback")]
     means = groups[measured].mean()
     spread = groups[[name for name in measured if is_quality(name)]].std()
-    columns: dict[str, Any] = {"seeds": groups["seed"].nunique(), "fallbacks": groups["fallback"].sum()}
+    columns: dict[str, Any] = {
+        "seeds": groups["seed"].nunique(),
+        "lagrangian": groups["lagrangian"].sum(),
+        "fallbacks": groups["fallback"].sum(),
+    }
     for name in measured:
         columns[name] = means[name]
         if name in spread:
@@ -61,6 +68,7 @@ def row(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
         "change": variant.change if variant else "",
         "target_bits": entry["target_bits"],
         "seed": entry["seed"],
+        "lagrangian": _chosen(path) == "lagrangian",  # the plan that was taken instead of the learned one
         "fallback": entry["fallback"],
         "effective_bits": entry["effective_bits"],
         "checkpoint_bits": entry["checkpoint_bits"],
@@ -76,6 +84,11 @@ def row(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     return columns | {"seconds": sum(entry["seconds"].values())}
 
 
+def _chosen(path: Path) -> str:
+    """Whose plan a learned allocator's result is of, by the result's manifest; empty where that does not say."""
+    return str(Manifest.load(path).notes.get("chosen", "")) if manifest_path(path).exists() else ""
+
+
 def is_quality(name: str) -> bool:
     """Whether a column is of a quantized model's quality: perplexities, gaps and accuracies."""
     return name.startswith(("perplexity_", "gap_", "zero_shot_")) and not name.endswith("_original")
@@ -84,4 +97,4 @@ def is_quality(name: str) -> bool:
 if __name__ == "__main__":
     from windquant import step
 
-    step.main("comparison", run, Settings, inputs=("results*",), light=True)
+    step.main("comparison", run, Settings, inputs=("results+",), light=True)

@@ -74,6 +74,8 @@ def load(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WindquantError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise WindquantError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise WindquantError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(document, dict):
@@ -108,6 +110,7 @@ def validate(config: Config, schema: Config) -> dict[str, Any]:
     """
     import jsonschema
 
+    _check_names(config)
     standard = jsonschema.Draft202012Validator
     whole = standard.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)  # JSON's 8.0 is one, too
     validator = jsonschema.validators.extend(standard, type_checker=whole)(schema)
@@ -123,6 +126,17 @@ def validate(config: Config, schema: Config) -> dict[str, Any]:
         raise WindquantError(f"configuration: {_message(errors[0], schema)}")
     _check_targets(checked)
     return checked
+
+
+def _check_names(value: Any, where: str = "") -> None:
+    """WindquantError for a key that is no text: YAML's 32 is a number and its off is false, to which no pattern of the
+    schema applies.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise WindquantError(f"configuration: {where}{key}: a name is text; write it in quotes")
+            _check_names(inner, f"{where}{key}.")
 
 
 def _whole(value: Any) -> Any:

@@ -60,14 +60,18 @@ class Store:
 
     def settle(self) -> None:
         """No step runs any more: parents without a result are not running either."""
-        for parent, steps in self.parents.items():
-            run = self.client.get_run(parent)
-            if store.CLOSED_TAG in run.data.tags:
-                continue
-            bad = [status for status in steps.values() if status != "FINISHED"]
-            done = "SCHEDULED" if "target_bits" in run.data.tags else "FINISHED"  # its next step may come any time
-            self.client.set_terminated(parent, bad[-1] if bad else done)
-        self.parents.clear()
+        while self.parents:
+            parent, steps = self.parents.popitem()
+            try:
+                run = self.client.get_run(parent)
+                if store.CLOSED_TAG in run.data.tags:
+                    continue
+                bad = [status for status in steps.values() if status != "FINISHED"]
+                done = "SCHEDULED" if "target_bits" in run.data.tags else "FINISHED"  # its next step may come any time
+                self.client.set_terminated(parent, bad[-1] if bad else done)
+            except Exception as error:
+                if not refused(error):  # as of a run that was deleted in the UI
+                    raise
 
 
 class Delivery:
@@ -98,7 +102,12 @@ class Delivery:
         events, offset = journal.read(self.path, self.state.offset)
         self.next = time.monotonic() + BATCH
         if self.state.run_id is None:
-            self._make_run(to)
+            try:
+                self._make_run(to)
+            except Exception as error:
+                if refused(error):
+                    raise LookupError(f"the store takes no such run: {brief(error)}") from error
+                raise
         self._send_values(to, events)
         end = next((event for event in events if event["kind"] == "end"), None)
         if end is None and not living:
@@ -159,16 +168,19 @@ class Delivery:
     @contextlib.contextmanager
     def _tolerant(self) -> Any:
         """What the store will never take is left out, and said."""
-        from mlflow.exceptions import MlflowException
-
         try:
             yield
-        except MlflowException as error:
-            if error.error_code not in REFUSALS:
+        except Exception as error:
+            if not refused(error) and not isinstance(error, FileNotFoundError):  # somebody tidied up
                 raise
             self.state.refused = brief(error)
-        except FileNotFoundError as error:  # somebody tidied up
-            self.state.refused = brief(error)
+
+
+def refused(error: Exception) -> bool:
+    """Whether the store will not take it at any later time either."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.error_code in REFUSALS
 
 
 def resolve(uri: str) -> str:

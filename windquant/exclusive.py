@@ -74,6 +74,21 @@ def running(what: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def alone(what: str) -> Iterator[None]:
+    """No other process does `what` in this folder meanwhile; WindquantError tells of the one that does."""
+    path = Path(".cache") / f"{what}.lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a+") as file:
+        mine = True
+        with contextlib.suppress(OSError):  # a file system without locks
+            mine = _lock(file)
+        if not mine:
+            raise WindquantError(f"another {what} works in {Path.cwd()}: {_holder(file)}")
+        _write(file, what)
+        yield
+
+
 def _looks(arguments: Sequence[str]) -> bool:
     from snakemake.cli import get_argument_parser
 

@@ -47,6 +47,9 @@ def run(task: "Task", settings: Settings) -> None:
     parameters = round(8 * size / result["checkpoint_bits"])
     task.note("checkpoint_bytes", size)
     task.note("original_fp16_bytes", 2 * parameters)
+    for name in ("chosen", "reason"):  # of a learned plan: whether it is the one that was taken
+        if name in plan.search:
+            task.note(name, plan.search[name])
     track(task, plan, result, manifests)
 
 
@@ -64,7 +67,12 @@ def track(task: "Task", plan: Plan, result: Mapping[str, Any], manifests: Mappin
         task.tracker.close_parent(
             {**metrics(result), "checkpoint_bytes": task.notes["checkpoint_bytes"]},
             {"result.json": task.output, "plan.json": task.inputs["plan"], "plan.svg": picture},
-            {"chunk": _setting(manifests["bank"], "chunk"), "seed": result["seed"], "fallback": plan.fallback},
+            {
+                "chunk": _setting(manifests["bank"], "chunk"),
+                "seed": result["seed"],
+                "fallback": plan.fallback,
+                "chosen": plan.search.get("chosen", plan.allocator),
+            },
             parameters_of(manifests, plan.allocator),
             "\n".join(f"| {' | '.join(row)} |" for row in table),
         )

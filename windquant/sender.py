@@ -30,6 +30,7 @@ class Sender:
         self.folder = folder
         self.stores: dict[str, Store] = {}
         self.deliveries: dict[Path, Delivery] = {}
+        self.unreadable: list[Path] = []  # what they are called now
 
     def round(self) -> bool:
         """Look at every journal once, the oldest first; whether a step still lives."""
@@ -47,7 +48,7 @@ class Sender:
             done = self._deliver(self.deliveries[path])
         except (LookupError, TypeError, AttributeError):  # of another version, or damaged: no reason to keep the others
             self.deliveries.pop(path, None)
-            path.rename(path.with_suffix(UNREADABLE))
+            self.unreadable.append(path.rename(path.with_suffix(UNREADABLE)))
             print(f"{path}: not readable", traceback.format_exc(), sep="\n", file=sys.stderr, flush=True)
             return
         if done:
@@ -124,11 +125,14 @@ def main(arguments: list[str]) -> None:
         living = sender.round()
         sender.settle() if not living else None
     left = [path for path in journal.journals(folder) if not journal.alive(path)]
-    print(f"sent {len(waiting) - len(journal.journals(folder))} runs")
+    print(f"sent {len(waiting) - len(journal.journals(folder)) - len(sender.unreadable)} runs")
     problems = {to.uri: to.problem for to in sender.stores.values() if to.problem}
     if left:
         reasons = "; ".join(f"{store.without_password(uri)}: {problem}" for uri, problem in problems.items())
         raise WindquantError(f"{len(left)} runs are kept in {journal.FOLDER} ({reasons}); run this again later")
+    if sender.unreadable:
+        names = ", ".join(str(path.relative_to(Path.cwd())) for path in sender.unreadable)
+        raise WindquantError(f"{names}: not readable, or refused by the store, for the reason above; delete it")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ UNKNOWN = Shape(16, 2048, 8192, 2048, 512, 128256, True)
 
 def known(entry: Mapping[str, Any]) -> Shape | None:
     """The shape of a model of the configuration, if there is a config.json on this machine that gives it."""
-    folders = [Path("resources/models") / entry["name"], Path(str(entry.get("path") or "")).expanduser()]
+    folders = [Path("resources/models") / entry["name"]]
+    if entry.get("path"):
+        folders.append(Path(str(entry["path"])).expanduser())
     for folder in folders:
         if (folder / "config.json").is_file():
             try:

@@ -44,6 +44,7 @@ from windquant.manifest import Manifest
 from windquant.task import Task as Task  # steps know it by this module's name
 
 S = TypeVar("S")
+OPTIONAL, SEVERAL = ("?", "*"), ("*", "+")  # marks of inputs
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def main(
 ) -> None:
     """Run one step from the command line.
 
-    `inputs` are names of path flags: "plan" must be given, "plan?" may be given, "results*" takes several paths.
+    `inputs` are names of path flags: "plan" must be given, "plan?" may be given, "results+" takes one path or more,
+    "parts*" any number.
     `light` steps do without torch. Raises SystemExit(2) on bad input; any other exception passes through.
     """
     started = _process_age() if argv is None else 0.0
@@ -94,8 +96,9 @@ def _parse(
 ) -> argparse.Namespace:
     parser = _Parser(prog=f"python -m {module}", allow_abbrev=False, description=description)
     for name, mark in map(_split, inputs):
-        options: dict[str, Any] = {"nargs": "+"} if mark == "*" else {}
-        parser.add_argument(settings_module.flag(name), type=Path, metavar="PATH", required=not mark, **options)
+        several: dict[str, Any] = {"nargs": "+"} if mark in SEVERAL else {}
+        required = mark not in OPTIONAL
+        parser.add_argument(settings_module.flag(name), type=Path, metavar="PATH", required=required, **several)
     parser.add_argument("--output", type=Path, metavar="PATH", required=True, help="file or folder to make")
     parser.add_argument("--experiment", metavar="NAME", help="log to MLflow, as a step of this plan or model")
     settings_module.add_arguments(parser, Frame)
@@ -105,7 +108,7 @@ def _parse(
 
 def _split(name: str) -> tuple[str, str]:
     """("plan", "?") of "plan?"."""
-    return (name[:-1], name[-1]) if name[-1] in "?*" else (name, "")
+    return (name[:-1], name[-1]) if name[-1] in OPTIONAL + SEVERAL else (name, "")
 
 
 def _run(
@@ -186,7 +189,7 @@ def _collect(inputs: Sequence[str], arguments: argparse.Namespace) -> tuple[dict
     several: dict[str, list[Path]] = {}
     for name, mark in map(_split, inputs):
         value = getattr(arguments, name)
-        if mark == "*":
+        if mark in SEVERAL:
             several[name] = value or []
         elif value is not None:
             single[name] = value

@@ -76,7 +76,9 @@ def show(path: Path) -> None:
     entry = result_file.load(path)
     notes = Manifest.load(path).notes if manifest_path(path).exists() else {}
     console = Console()
-    by = "Lagrangian fallback" if entry["fallback"] else entry["allocator"]
+    by = entry["allocator"]
+    if entry["fallback"] or notes.get("chosen") == "lagrangian":
+        by += f" (the Lagrangian plan: {notes.get('reason', 'the learned one could not be used')})"
     quality = Table("", "original", "quantized", title=f"{entry['model']}, {entry['target_bits']} bits, {by}")
     cost = Table("step", "minutes", "peak memory")
     for table, lines in ((quality, rows(entry, notes)), (cost, times(entry))):

@@ -63,7 +63,8 @@ class Experiment:
     @classmethod
     def named(cls, name: str) -> "Experiment":
         """Of "smollm2-135m_2.0bits.ppo" or "smollm2-135m"; raises WindquantError for any other form."""
-        found = re.fullmatch(r"(?P<model>[^_]+)(_(?P<target_bits>[\d.]+)bits\.(?P<allocator>[a-z0-9-]+))?", name)
+        of_plan = r"_(?P<target_bits>[\d.]+)bits\.(?P<allocator>[a-z0-9-]+)"
+        found = re.fullmatch(rf"(?P<model>[A-Za-z0-9.+-]+)({of_plan})?", name)
         if found is None:
             raise WindquantError(f"--experiment {name}: give a plan, as in smollm2-135m_2.0bits.ppo, or a model")
         return cls(f"{name}.{clone()}", {tag: value for tag, value in found.groupdict().items() if value})
@@ -72,7 +73,7 @@ class Experiment:
 def clone() -> str:
     """Eight letters for this clone: on a common server every one has parents of its own."""
     here = f"{platform.node()}:{Path.cwd()}"
-    return os.environ.get(CLONE) or hashlib.sha256(here.encode()).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9.+-]", "-", os.environ.get(CLONE, "")) or hashlib.sha256(here.encode()).hexdigest()[:8]
 
 
 def hand_down() -> list[str]:
@@ -231,7 +232,7 @@ def close_parent(client: "MlflowClient", experiment_id: str, parent: str, event:
 
 def without_password(uri: str) -> str:
     """The store's address without `user:password@`: journals are no place for it."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+    return re.sub(r"(?<=://)(?!/).*@", "", uri)  # a password may hold / and @
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -43,11 +43,29 @@ def test_missing(pair: tuple[Path, Path]) -> None:
 def test_numbers_within_and_outside_of_the_tolerance(pair: tuple[Path, Path]) -> None:
     allowed = Tolerance(relative=1e-3, absolute=0.01)
     near = documents(pair, "x.json", {"a": {"b": [1, 30.0]}}, {"a": {"b": [1, 30.02]}}, allowed)
-    assert near == Verdict("equal", "at most 6.7e-04 apart (allowed: 0.001 relative or 0.01 absolute)")
+    assert near == Verdict("equal", "at most 6.7e-04 apart, relatively (allowed: 0.001 relative or 0.01 absolute)")
     far = documents(pair, "x.json", {"a": {"b": [1, 30.0]}}, {"a": {"b": [1, 30.1]}}, allowed)
     assert far == Verdict("different", "a.b[1]: 30.0 and 30.1")
     assert documents(pair, "x.json", {"a": 0.5}, {"a": 0.509}, allowed).status == "equal"
     assert documents(pair, "x.json", {"a": float("nan")}, {"a": 1.0}, allowed).status == "different"
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "status"),
+    [
+        ("effective_bits", 1.9998, 1.9868, "different"),
+        ("protected_fraction", 0.0, 0.01, "different"),
+        ("gap_wikipedia_quantized", 0.4247, 0.4120, "different"),
+        ("gap_wikipedia_quantized", 0.4247, 0.4230, "equal"),
+        ("zero_shot_average_quantized", 0.425, 0.438, "equal"),
+        ("zero_shot", {"cloze": {"quantized": 0.40}}, {"cloze": {"quantized": 0.413}}, "equal"),
+        ("zero_shot", {"cloze": {"quantized": 0.40}}, {"cloze": {"quantized": 0.42}}, "different"),
+    ],
+)
+def test_only_accuracies_may_differ_by_a_record(
+    pair: tuple[Path, Path], key: str, old: Any, new: Any, status: str
+) -> None:
+    assert documents(pair, "results/x.json", {key: old}, {key: new}, TOLERANCES["results"]).status == status
 
 
 @pytest.mark.parametrize(

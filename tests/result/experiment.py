@@ -70,11 +70,13 @@ def zero_shot(output: str, accuracy: float, samples: int = 100, **inputs: str) -
     return made
 
 
-def save_plan(allocator: str, target: float) -> Callable[[step.Task], None]:
+def save_plan(allocator: str, target: float, search: dict[str, Any]) -> Callable[[step.Task], None]:
     def write(task: step.Task) -> None:
         bits = 8 * BYTES / WEIGHTS
         actions = {"layers.0.q": ["scalar-2", "scalar-4"]}
-        Plan("m", allocator, target, bits, BYTES, WEIGHTS, 5, actions, predicted_loss=0.5).save(task.output)
+        Plan("m", allocator, target, bits, BYTES, WEIGHTS, 5, actions, predicted_loss=0.5, search=search).save(
+            task.output
+        )
         task.note("shares", {"scalar-2": 0.75, "scalar-4": 0.25})
 
     return write
@@ -83,8 +85,10 @@ def save_plan(allocator: str, target: float) -> Callable[[step.Task], None]:
 Inputs = dict[str, str | list[str]]
 
 
-def chain(allocator: str = "ppo", quantized: float = 50.0, target: float = 2.0) -> Inputs:
-    """All artifacts of one experiment."""
+def chain(
+    allocator: str = "ppo", quantized: float = 50.0, target: float = 2.0, search: dict[str, Any] | None = None
+) -> Inputs:
+    """All artifacts of one experiment; `search`: what a learned plan says of its own."""
     found: Inputs = {"model": make("model", "model", checkpoint(2000))}
     found["calibration"] = make("calibration", "calibration", checkpoint(10), model="model")
     shared = {"model": "model", "calibration": "calibration"}
@@ -95,7 +99,9 @@ def chain(allocator: str = "ppo", quantized: float = 50.0, target: float = 2.0) 
     if allocator == "ppo":
         found["search"] = make("search", "search", text("p"), **shared, bank="bank")
         policy = {"search": "search"}
-    found["plan"] = make("allocation", plan, save_plan(allocator, target), **shared, bank="bank", **policy)
+    found["plan"] = make(
+        "allocation", plan, save_plan(allocator, target, search or {}), **shared, bank="bank", **policy
+    )
     notes = {"effective_bits": 8 * BYTES / WEIGHTS, "checkpoint_bits": 4.0, "measured_bytes": BYTES}
     found["before_recovery"] = make("quantize", before, checkpoint(SIZE, **notes), **shared, plan=plan)
     found["quantized"] = make("recovery", after, checkpoint(SIZE, **notes), **shared, checkpoint=before)

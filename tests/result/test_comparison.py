@@ -2,19 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from tests.result.experiment import assemble, chain
-from windquant import comparison, step
+from windquant import comparison, manifest, step, summary
+from windquant.manifest import Manifest
 from windquant.report import pareto_picture
 
 
 def compare(*results: str) -> pd.DataFrame:
     argv = ["--output", "results/c.csv", "--results", *results]
-    step.main("comparison", comparison.run, comparison.Settings, ("results*",), argv=argv, light=True)
+    step.main("comparison", comparison.run, comparison.Settings, ("results+",), argv=argv, light=True)
     return pd.read_csv("results/c.csv")
 
 
@@ -30,6 +32,24 @@ def test_comparison() -> None:
     assert {"effective_bits", "seconds", "fallbacks", "actions_scalar-2"} <= set(table)
     assert list(table["seeds"]) == [1] * 3
     assert table["perplexity_wikipedia_quantized_std"].isna().all()
+
+
+def test_a_plan_that_is_not_the_learned_one_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "the learned plan was not better"
+    for seed, chosen in enumerate(("lagrangian", "policy")):
+        path = Path(f"results/m_2.0bits.ppo-{seed}.json")
+        entry = assemble(chain(search={"chosen": chosen, "reason": reason}), str(path))
+        path.write_text(json.dumps({**entry, "seed": seed}))
+        document = Manifest.load(path)
+        replace(document, output={**document.output, "sha256": manifest.sha256(path)}).save(path)
+    table = compare("results/m_2.0bits.ppo-0.json", "results/m_2.0bits.ppo-1.json")
+    assert (list(table["lagrangian"]), list(table["fallbacks"])) == ([1], [0])
+    capsys.readouterr()
+    summary.main(["results/m_2.0bits.ppo-0.json", "results/m_2.0bits.ppo-1.json"])
+    titles = [line.strip() for line in capsys.readouterr().out.splitlines() if "2.0 bits, ppo" in line]
+    assert len(titles) == 2
+    assert "ppo (the Lagrangian plan:" in titles[0]
+    assert "Lagrangian" not in titles[1]
 
 
 def test_comparison_of_seeds_changes_and_budgets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,8 +92,15 @@ def test_the_pareto_picture_has_every_budget() -> None:
     for target, value in ((2.0, 50.0), (2.5, 30.0)):
         assemble(chain("ppo", value, target=target), f"results/m_{target}bits.json")
     argv = ["--output", "results/m.pareto.svg", "--results", "results/m_2.0bits.json", "results/m_2.5bits.json"]
-    step.main("pareto_picture", pareto_picture.run, pareto_picture.Settings, ("results*",), argv=argv, light=True)
+    step.main("pareto_picture", pareto_picture.run, pareto_picture.Settings, ("results+",), argv=argv, light=True)
     picture = Path("results/m.pareto.svg").read_text()
     assert picture.startswith("<?xml")
     assert "perplexity 50.00" in picture
     assert "perplexity 30.00" in picture
+
+
+def test_without_a_result_there_is_nothing_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    for module in (comparison, pareto_picture):
+        with pytest.raises(SystemExit):
+            step.main("x", module.run, module.Settings, ("results+",), argv=["--output", "x"], light=True)
+        assert "required: --results" in capsys.readouterr().err

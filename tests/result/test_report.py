@@ -33,7 +33,7 @@ def save(name: str, entry: dict[str, Any], **changes: Any) -> str:
 
 def written(*results: str) -> str:
     argv = ["--output", "results/report.html", "--results", *results]
-    step.main("report", report.run, report.Settings, ("results*", "peers?"), argv=argv, light=True)
+    step.main("report", report.run, report.Settings, ("results+", "peers?"), argv=argv, light=True)
     return Path("results/report.html").read_text()
 
 

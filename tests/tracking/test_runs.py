@@ -150,6 +150,21 @@ def test_between_the_steps_a_parent_does_not_run() -> None:
     assert client().get_run(found["m 2.0bits ppo"]).info.status == "RUNNING"
 
 
+def test_a_parent_that_was_deleted_keeps_no_other_running() -> None:
+    main(write, "--experiment", "m")
+    main(write)
+    to = delivery.Store(tracking_store.address())
+    ids = [run.info.run_id for run in parents()]
+    eventually(lambda: not journal.has_sender(Path("logs/tracking")))
+    for first, other in (ids, ids[::-1]):
+        client().update_run(other, status="RUNNING")
+        client().delete_run(first)
+        to.parents = {first: {}, other: {}}
+        to.settle()
+        assert client().get_run(other).info.status in ("SCHEDULED", "FINISHED")
+        client().restore_run(first)
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(RuntimeError("bug"), "FAILED"), (WindquantError("input"), "FAILED"), (SystemExit(143), "KILLED")],
@@ -337,7 +352,9 @@ def test_what_another_sender_has_begun_is_not_sent_twice(monkeypatch: pytest.Mon
     assert len(history) == 3
 
 
-def test_a_journal_of_another_version_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_of_another_version_holds_up_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path("logs/tracking")
     eventually(lambda: not journal.has_sender(folder))
     # The sender comes after the step here. As a thread it would write tracebacks while the step reads its own source,
@@ -346,10 +363,22 @@ def test_a_journal_of_another_version_holds_up_nothing(monkeypatch: pytest.Monke
     monkeypatch.setattr(tracking, "PATIENCE", 0.0)
     (folder / "0-old.jsonl").write_text('{"kind": "start", "uri": "sqlite:///mlflow.db"}\n')
     (folder / "0-empty.jsonl").write_text("")
+    monkeypatch.setenv(tracking_store.CLONE, "x")
+    refused = tracking_store.Experiment(
+        "m's_2.0bits.ppo.x", {"model": "m"}
+    )  # an apostrophe: no filter of MLflow's takes it
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking_store.Experiment, "named", lambda name: refused)
+        main(write)
     main(write)
-    sender.main([])
+    capsys.readouterr()
+    with pytest.raises(WindquantError, match=r"0-old\.unreadable.*: not readable, or refused by the store"):
+        sender.main([])
+    assert capsys.readouterr().out == "sent 1 runs\n"
     assert len(children()) == 1
-    assert len(list(folder.glob("*.unreadable"))) == 2
+    assert len(list(folder.glob("*.unreadable"))) == 3
+    sender.main([])
+    assert "everything has arrived" in capsys.readouterr().out
 
 
 def test_clones_have_parents_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +394,7 @@ def test_names_of_experiments() -> None:
     found = tracking_store.Experiment.named("llama3.2-1b_2.5bits.ppo-chunk32-1")
     assert found.tags == {"model": "llama3.2-1b", "target_bits": "2.5", "allocator": "ppo-chunk32-1"}
     assert tracking_store.Experiment.named("llama3.2-1b").tags == {"model": "llama3.2-1b"}
-    for name in ("", "m_2.0bits", "m_ppo", "m_2.0bits.ppo.json"):
+    for name in ("", "m_2.0bits", "m_ppo", "m_2.0bits.ppo.json", "john's model"):
         with pytest.raises(WindquantError, match=r"--experiment .*: give a plan"):
             tracking_store.Experiment.named(name)
 
@@ -379,8 +408,13 @@ def test_no_password_is_handed_down(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ[tracking_store.CLONE] == tracking_store.clone()
     monkeypatch.setenv(tracking_store.URI, "https://mlflow.example.org")
     assert tracking_store.hand_down() == [tracking_store.CLONE, tracking_store.URI]
-    monkeypatch.setenv(tracking_store.URI, "https://me:secret@mlflow.example.org")
-    assert tracking_store.hand_down() == [tracking_store.CLONE]
+    for uri in ("https://me:secret@mlflow.example.org", "postgresql://me:a/b@c==@db/mlflow"):
+        monkeypatch.setenv(tracking_store.URI, uri)
+        assert tracking_store.hand_down() == [tracking_store.CLONE]
+    assert tracking_store.without_password("postgresql://me:a/b@c==@db/mlflow") == "postgresql://db/mlflow"
+    assert tracking_store.without_password("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
+    monkeypatch.setenv(tracking_store.CLONE, "john's clone")
+    assert tracking_store.clone() == "john-s-clone"
 
 
 def test_system_metrics() -> None:

@@ -22,4 +22,4 @@ def run(task: Task, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main("report", run, Settings, inputs=("results*", "peers?"), light=True)
+    main("report", run, Settings, inputs=("results+", "peers?"), light=True)

@@ -33,4 +33,4 @@ def run(task: "Task", settings: Settings) -> None:
 if __name__ == "__main__":
     from windquant import step
 
-    step.main("pareto_picture", run, Settings, inputs=("results*",), light=True)
+    step.main("pareto_picture", run, Settings, inputs=("results+",), light=True)

@@ -4,25 +4,49 @@ Their manifests do, with the digest that everything else was made from. `restore
 author got it and checks that it is the same.
 """
 
+import contextlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from windquant import atomic, integrity, manifest, settings
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
-from windquant.reproduce.travel import MODELS, TRAVELLING_MODELS
+from windquant.reproduce import records
+from windquant.reproduce.records import Record
+from windquant.reproduce.travel import MODELS, TRAVELLING_MODELS, TRAVELLING_RECORDS
 
 
-def save(root: Path) -> None:
-    """Put the manifests of the finished models where they travel."""
-    shutil.rmtree(root / TRAVELLING_MODELS, ignore_errors=True)
-    for path in sorted((root / MODELS).glob("*.manifest.json")):
-        (root / TRAVELLING_MODELS).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, root / TRAVELLING_MODELS / path.name)
+def save(root: Path, artifacts: Collection[str]) -> dict[str, Record]:
+    """Put the manifests of the finished models where they travel; Snakemake's records of those that are not here.
+
+    Those stay, as they came, while one of the `artifacts` was made from them: a clone may do without the models.
+    """
+    folder = root / TRAVELLING_MODELS
+    used = set(_used(root, artifacts))
+    here = {path.name for path in (root / MODELS).glob("*.manifest.json")}
+    for path in sorted(folder.glob("*.manifest.json")):
+        if path.name not in here and str(MODELS / path.name.removesuffix(".manifest.json")) not in used:
+            path.unlink()
+    for name in sorted(here):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / MODELS / name, folder / name)
+    kept = {path.name for path in folder.glob("*.manifest.json")} - here
+    if not kept:
+        return {}
+    names = {str(MODELS / name) for name in kept} | {str(MODELS / name.removesuffix(".manifest.json")) for name in kept}
+    return {name: record for name, record in records.load(root / TRAVELLING_RECORDS).items() if name in names}
+
+
+def _used(root: Path, artifacts: Collection[str]) -> Iterator[str]:
+    """The paths of what the artifacts were made from."""
+    for name in artifacts:
+        with contextlib.suppress(WindquantError):
+            if manifest_path(root / name).is_file():
+                yield from (entry["path"] for entry in Manifest.load(root / name).inputs.values())
 
 
 def restore(root: Path, fetch: bool) -> Iterator[str]:

@@ -48,8 +48,8 @@ def push(root: Path) -> None:
         raise WindquantError(f"{root / DATA}: nothing to push, no step has finished here; `make run` first")
     check_contents(root, artifacts)
     _mirror(root / RESULTS, root / TRAVELLING_RESULTS)
-    originals.save(root)
-    records.save(root / TRAVELLING_RECORDS, artifacts)
+    absent = originals.save(root, artifacts)
+    records.save(root / TRAVELLING_RECORDS, absent | artifacts)
     with _unchanged_on_failure(store.file):
         store.add()
         sent = store.push()

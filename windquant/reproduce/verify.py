@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from windquant import configuration, manifest
+from windquant import configuration, exclusive, manifest
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -24,7 +24,7 @@ from windquant.progress import Progress
 from windquant.reproduce import differences, dryrun, records
 from windquant.reproduce.differences import Verdict
 from windquant.reproduce.store import Store
-from windquant.reproduce.travel import MODELS, RESULTS
+from windquant.reproduce.travel import MODELS, RESULTS, named
 
 SCRATCH = Path(".verify") / "project"  # its own parent, for what the configuration names by `../`
 #: What the workflow makes, and what belongs to the clone: all else is linked into the scratch folder.
@@ -41,13 +41,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--cores", default="all", help="for Snakemake; the number of threads decides the last bits")
     parser.add_argument("--keep", action="store_true", help=f"keep what was made again, in {SCRATCH}")
     given = parser.parse_args(arguments)
-    table = verify(Path(), given.results or _results(Path()), given.cores)
-    if any(verdict.status in (differences.DIFFERENT, differences.MISSING) for verdict in table.values()):
-        print(f"not reproduced; what was made again is in {SCRATCH}")
-        sys.exit(1)
-    if not given.keep:
-        _clear(SCRATCH.parent)
-    print("reproduced")
+    with exclusive.alone("verify"):
+        results = [named(path) for path in given.results] or _results(Path())
+        table = verify(Path(), results, given.cores)
+        if any(verdict.status in (differences.DIFFERENT, differences.MISSING) for verdict in table.values()):
+            print(f"not reproduced; what was made again is in {SCRATCH}")
+            sys.exit(1)
+        if not given.keep:
+            _clear(SCRATCH.parent)
+        print("reproduced")
 
 
 def verify(root: Path, results: Sequence[Path], cores: str = "all") -> dict[str, Verdict]:

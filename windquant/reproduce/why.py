@@ -17,7 +17,7 @@ from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 from windquant.progress import duration
-from windquant.reproduce import dryrun
+from windquant.reproduce import dryrun, travel
 
 SHORT = 12  # digits of a digest
 #: Flags that say where and how fast a step runs, not what it makes.
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("artifact", type=Path, help="a file or folder in data/, results/ or resources/models/")
     artifact = parser.parse_args(arguments).artifact
-    for line in why(_relative(artifact)):
+    for line in why(travel.named(artifact)):
         print(line)
 
 
@@ -45,15 +45,6 @@ def why(artifact: Path) -> Iterator[str]:
     yield from _tree(document, "  ", set())
     yield ""
     yield from _currency(artifact, document)
-
-
-def _relative(path: Path) -> Path:
-    """The path as rules name it; a manifest stands for its artifact."""
-    absolute = path.absolute()
-    if not absolute.is_relative_to(Path.cwd()):
-        raise WindquantError(f"{path}: not in {Path.cwd()}; call this in the project's folder")
-    relative = absolute.relative_to(Path.cwd())
-    return relative.with_name(relative.name.removesuffix(".manifest.json"))
 
 
 def _manifest(artifact: Path) -> Manifest:
