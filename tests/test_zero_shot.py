@@ -78,7 +78,7 @@ def test_articles_without_sentences_give_no_records() -> None:
 def artifact(tiny_model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero_shot") / "calibration"
     argv = f"--model {tiny_model_folder} --output {folder} --source file --path {text_file} --samples 1 --length 64"
-    argv += " --reward-samples 1 --recovery-samples 1 --context 64 --cloze-records 20 --next-sentence-records 20"
+    argv += " --reward-samples 2 --recovery-samples 1 --context 64 --cloze-records 20 --next-sentence-records 20"
     step.main("calibration", calibration.run, calibration.Settings, ("model",), argv=argv.split())
     return folder
 
