@@ -52,8 +52,12 @@ class Store:
         self.retry_at = time.monotonic() + self._wait
         self._wait = min(2 * self._wait, RETRY[1])
         self._client = None
-        self._experiments.clear()
+        self.forget()
         return self.problem
+
+    def forget(self) -> None:
+        """Look experiments up anew."""
+        self._experiments.clear()
 
     def worked(self) -> None:
         self.problem, self._wait = None, RETRY[0]
@@ -102,12 +106,7 @@ class Delivery:
         events, offset = journal.read(self.path, self.state.offset)
         self.next = time.monotonic() + BATCH
         if self.state.run_id is None:
-            try:
-                self._make_run(to)
-            except Exception as error:
-                if refused(error):
-                    raise LookupError(f"the store takes no such run: {brief(error)}") from error
-                raise
+            self._ensure_run(to)
         self._send_values(to, events)
         end = next((event for event in events if event["kind"] == "end"), None)
         if end is None and not living:
@@ -122,6 +121,19 @@ class Delivery:
     def fail(self, problem: str) -> None:
         self.state.problem = problem
         self.state.save(self.path)
+
+    def _ensure_run(self, to: Store) -> None:
+        """LookupError for a run that the store will never take."""
+        for last in (False, True):
+            try:
+                self._make_run(to)
+                return
+            except Exception as error:
+                if not refused(error):
+                    raise
+                if last:
+                    raise LookupError(f"the store takes no such run: {brief(error)}") from error
+                to.forget()  # the experiment may have been deleted since it was looked up
 
     def _make_run(self, to: Store) -> None:
         experiment = to.experiment(self.start["experiment"]["name"])

@@ -277,9 +277,12 @@ def test_a_store_in_a_missing_folder(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(journal.journals(Path("logs/tracking"))) == 1
 
 
-def test_a_deleted_mlflow_experiment_is_restored(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("living", [False, True])
+def test_a_deleted_mlflow_experiment_is_restored(capsys: pytest.CaptureFixture[str], living: bool) -> None:
+    """Also under a sender that knows it from before."""
     main(write)
-    eventually(lambda: not journal.has_sender(Path("logs/tracking")))
+    if not living:
+        eventually(lambda: not journal.has_sender(Path("logs/tracking")))
     (first,) = parents()
     client().delete_experiment(first.info.experiment_id)
     main(write)
