@@ -106,8 +106,8 @@ def _kind(hint: Any, name: str) -> Kind:
         return dataclasses.replace(_kind(inner, name), optional=True)
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         return dataclasses.replace(_kind(arguments[0], name), many=True)
-    if origin is Literal and (kinds := {type(argument) for argument in arguments}) in ({str}, {int}):
-        return Kind(kinds.pop(), choices=arguments)
+    if origin is Literal and (scalars := {type(argument) for argument in arguments}) in ({str}, {int}):
+        return Kind(scalars.pop(), choices=arguments)
     if hint in (int, float, str, bool, Path):
         return Kind(hint)
     raise TypeError(f"setting {name}: type {hint} has no command-line form")

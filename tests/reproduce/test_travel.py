@@ -50,6 +50,8 @@ def test_a_clone_without_the_models_passes_their_manifests_on(tmp_path: Path) ->
     assert kept == {name: every[name] for name in (str(MODELS / "used"), str(MODELS / "used.manifest.json"))}
     found = sorted(path.name for path in (tmp_path / TRAVELLING_MODELS).iterdir())
     assert found == ["here.manifest.json", "used.manifest.json"]
+    (tmp_path / TRAVELLING_RECORDS).unlink()
+    assert originals.save(tmp_path, ["data/plans/p.json"]) == {}
 
 
 def test_a_path_as_rules_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,19 +26,21 @@ def save(root: Path, artifacts: Collection[str]) -> dict[str, Record]:
     Those stay, as they came, while one of the `artifacts` was made from them: a clone may do without the models.
     """
     folder = root / TRAVELLING_MODELS
-    used = set(_used(root, artifacts))
     here = {path.name for path in (root / MODELS).glob("*.manifest.json")}
+    used, kept = set(_used(root, artifacts)), set()
     for path in sorted(folder.glob("*.manifest.json")):
-        if path.name not in here and str(MODELS / path.name.removesuffix(".manifest.json")) not in used:
+        artifact = str(MODELS / path.name.removesuffix(".manifest.json"))
+        if path.name not in here and artifact in used:
+            kept.add(artifact)
+        elif path.name not in here:
             path.unlink()
     for name in sorted(here):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / MODELS / name, folder / name)
-    kept = {path.name for path in folder.glob("*.manifest.json")} - here
-    if not kept:
-        return {}
-    names = {str(MODELS / name) for name in kept} | {str(MODELS / name.removesuffix(".manifest.json")) for name in kept}
-    return {name: record for name, record in records.load(root / TRAVELLING_RECORDS).items() if name in names}
+    came: dict[str, Record] = {}
+    with contextlib.suppress(WindquantError):  # without records Snakemake gets a model anew, no more
+        came = records.load(root / TRAVELLING_RECORDS)
+    return {name: record for name, record in came.items() if name.removesuffix(".manifest.json") in kept}
 
 
 def _used(root: Path, artifacts: Collection[str]) -> Iterator[str]:
