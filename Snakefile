@@ -27,6 +27,7 @@ wildcard_constraints:
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/files.smk"
 
 
 # One run at a time. What a killed or failed run has left, and what has been damaged since it was made, goes out of its way.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from windquant import configuration, dependencies, schema as schema_module, settings
+from windquant import configuration, dependencies, schema as schema_module, settings, validation
 from windquant.errors import WindquantError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +50,6 @@ def test_every_key_of_the_schema_is_used() -> None:
     for section in schema_module.SECTIONS:
         for name in SCHEMA["$defs"][section]["properties"]:
             assert (section, name) in used
-
-
-def test_allocators_are_those_of_the_allocation() -> None:
-    assert configuration.ALLOCATORS == importlib.import_module("windquant.allocation").ALLOCATORS
 
 
 @pytest.mark.parametrize("model", CONFIG["models"])
@@ -145,7 +141,7 @@ def test_a_models_own_section_wins_over_the_shared_one_and_that_over_the_default
 )
 def test_what_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(WindquantError) as caught:
-        configuration.validate(config, SCHEMA)
+        validation.validate(config, SCHEMA)
     assert str(caught.value).startswith(f"configuration: {message}")
     assert "\n" not in str(caught.value)
 
@@ -167,7 +163,7 @@ def test_every_number_has_a_lower_bound(key: str) -> None:
 def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
     config = yaml.safe_load("models: {a: {source: hub, id: a/b}}\nunits: {protected: 3e-2}\nrecovery: {steps: '4'}")
     assert config["units"]["protected"] == "3e-2"
-    checked = configuration.validate(config, SCHEMA)
+    checked = validation.validate(config, SCHEMA)
     assert (checked["units"]["protected"], checked["recovery"]["steps"]) == (0.03, 4)
 
 
@@ -176,13 +172,13 @@ def test_whole_numbers_are_whole_however_they_are_written() -> None:
         "models: {a: {source: hub, id: a/b, seed: 2.0}}\nseeds: [0, 1.0]\nstatistics: {batch: 1e1}\n"
         "recovery: {steps: 8.0, norm_rate: 1.0}"
     )
-    checked = configuration.validate(config, SCHEMA)
+    checked = validation.validate(config, SCHEMA)
     found = [checked["models"]["a"]["seed"], *checked["seeds"], checked["statistics"]["batch"]]
     found += checked["recovery"].values()
     assert found == [2, 0, 1, 10, 8, 1.0]
     assert [type(value) for value in found] == [int] * 5 + [float]
     with pytest.raises(WindquantError, match=r"statistics\.batch: 8\.5 is not of type 'integer'"):
-        configuration.validate({"models": {"a": HUB}, "statistics": {"batch": 8.5}}, SCHEMA)
+        validation.validate({"models": {"a": HUB}, "statistics": {"batch": 8.5}}, SCHEMA)
 
 
 def test_what_is_given_for_one_call_holds_for_models_with_settings_of_their_own() -> None:
@@ -200,40 +196,9 @@ def test_what_is_given_for_one_call_holds_for_models_with_settings_of_their_own(
     assert configuration.overruled({"models": None}, given) == {"models": None}
 
 
-def test_unknown_models_bits_and_allocators() -> None:
+def test_unknown_models_are_named() -> None:
     with pytest.raises(WindquantError, match="unknown model lama2-7b, did you mean llama2-7b"):
         configuration.resolve(CONFIG, SCHEMA, "lama2-7b")
-    with pytest.raises(WindquantError, match="unknown allocator lagrange, did you mean lagrangian"):
-        configuration.check_allocator("lagrange")
-    for bits in ("0.99", "16.01", "-2", "0"):
-        with pytest.raises(WindquantError, match=f"{bits} bits: impossible; give 1 to 16"):
-            configuration.check_bits(bits)
-    assert configuration.check_bits("2.0") == configuration.named_bits("2.0") == 2.0
-    for bits, right in (("2", "2.0"), ("2.50", "2.5"), ("02.0", "2.0")):
-        with pytest.raises(WindquantError, match=f"^{bits}bits: .* have {right}bits"):
-            configuration.named_bits(bits)
-    for name in ("ppo-01", "random-4294967296"):
-        with pytest.raises(WindquantError, match=f"{name}: seeds go from 0 to 4294967295"):
-            configuration.variant(name, [])
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        ("m_2.0bits.json", "ppo"),
-        ("qwen3-0.6b_2bits.greedy.json", "greedy"),
-        ("m_2.0bits.ppo-chunk32.json", "ppo-chunk32"),
-        ("m_2.0bits.ppo-1.json", "ppo-1"),
-        ("m_2.0bits.layer-chunk32-1.json", "layer-chunk32-1"),
-        ("result.json", None),
-        ("m_2.0bits.copy.json", None),
-    ],
-)
-def test_what_a_results_name_says(name: str, variant: str | None) -> None:
-    found = configuration.variant_of(Path("results") / name)
-    assert (found and found.name) == variant
-    if found:
-        assert configuration.variant(found.name, ["chunk32"]) == found
 
 
 @pytest.mark.parametrize(
@@ -246,7 +211,7 @@ def test_what_a_results_name_says(name: str, variant: str | None) -> None:
 )
 def test_names_that_yaml_takes_for_something_else(text: str, where: str) -> None:
     with pytest.raises(WindquantError, match=rf"configuration: {where}: a name is text; write it in quotes"):
-        configuration.validate(yaml.safe_load(text), schema_module.schema())
+        validation.validate(yaml.safe_load(text), schema_module.schema())
 
 
 def test_unreadable_configurations(tmp_path: Path) -> None:
@@ -262,22 +227,6 @@ def test_unreadable_configurations(tmp_path: Path) -> None:
     path.write_text("# nothing yet\n")
     with pytest.raises(WindquantError, match="holds no keys"):
         configuration.load(path)
-
-
-def test_local_files(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "LICENSE.txt", "pytorch_model.bin"):
-        (tmp_path / name).touch()
-    files = configuration.local_files("models.a", {"source": "folder", "path": str(tmp_path)}, {"source": "path"})
-    assert files == [str(tmp_path / name) for name in ("LICENSE.txt", "config.json", "model.safetensors")]
-    assert configuration.local_files("models.a", {"source": "hub", "path": "ignored"}, {"source": "path"}) == []
-    with pytest.raises(WindquantError, match=r"models\.a\.path: 'nowhere' is neither a file nor a folder"):
-        configuration.local_files("models.a", {"source": "folder", "path": "nowhere"}, {"source": "path"})
-    for source, path, message in (
-        ("file", "", "missing; source: file reads it"),
-        ("file", str(tmp_path), "is no file"),
-    ):
-        with pytest.raises(WindquantError, match=rf"calibration\.path: .*{message}"):
-            configuration.local_files("calibration", {"source": source, "path": path}, {"source": "path"})
 
 
 def test_locked_versions_are_those_of_the_project_and_of_conda() -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tests.families import Prepared, prepare
-from windquant import configuration, models
+from windquant import configuration, models, validation
 from windquant.allocation import BASELINES
 from windquant.bank import Bank
 from windquant.errors import WindquantError
@@ -89,9 +89,7 @@ def test_the_quantizer_makes_up_for_errors() -> None:
 
 def test_the_models_entry_resolves() -> None:
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
-    resolved = configuration.resolve(
-        configuration.validate(yaml.safe_load(example("model")), schema), schema, "my-model"
-    )
+    resolved = configuration.resolve(validation.validate(yaml.safe_load(example("model")), schema), schema, "my-model")
     assert resolved["model"] == {"name": "my-model", "source": "folder", "path": "local/model"}
     assert (resolved["units"]["chunk"], resolved["recovery"]["steps"]) == (16, 2)
     flags = configuration.flags(resolved, "calibration")

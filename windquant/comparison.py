@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from windquant import configuration, result_file
+from windquant import naming, result_file
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -62,7 +62,7 @@ def run(task: "Task", settings: Settings) -> None:
 
 def row(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared of one result. A gap is the loss above the original's, nats per token."""
-    variant = configuration.variant_of(path)
+    variant = naming.variant_of(path)
     columns: dict[str, Any] = {
         "allocator": entry["allocator"],
         "change": variant.change if variant else "",

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from windquant import configuration, control_groups, cost, dependencies, memory, processor
+from windquant import configuration, control_groups, cost, dependencies, memory, processor, validation
 from windquant.shape import Shape, known
 
 ROOT = dependencies.ROOT.parent
@@ -162,7 +162,7 @@ def hub() -> Finding:
 def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator[Finding]:
     """A line per ready model: whether 2.0 bits of it fit into `room` bytes of (each) memory and `disk` bytes."""
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
-    config = configuration.validate(configuration.load(ROOT / "config" / "config.yaml"), schema)
+    config = validation.validate(configuration.load(ROOT / "config" / "config.yaml"), schema)
     for name in config["models"]:
         resolved = configuration.resolve(config, schema, name)
         here = known(resolved["model"])

@@ -1,10 +1,12 @@
 """The errors that a user is meant to read: a line that names what is wrong and what would be right."""
 
+import difflib
 import errno
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterable
 
 #: Problems of the environment that a person can mend, and how.
 MENDABLE = {
@@ -34,6 +36,12 @@ def reported(error: BaseException, what: str) -> int | None:
         return None
     print("error:", line, file=sys.stderr)
     return code
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What a message says about an unknown name: the near miss, if there is one."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def _errno(error: BaseException) -> int:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from windquant import configuration, control_groups, memory, own_model
+from windquant import configuration, control_groups, memory, naming, own_model, validation
 from windquant.cost import TIMES, Need, Settings, cpu, gpu, needs, seconds
 from windquant.errors import WindquantError
 from windquant.progress import duration
@@ -50,7 +50,7 @@ def find(model: str) -> tuple[Shape, Settings]:
         shape = read(path / "config.json" if path.is_dir() else path)
         local = {"source": "folder", "path": model, **own_model.WITHOUT_HUB, **own_model.units(shape.hidden)}
         return shape, configuration.resolve({**shared, "models": {path.name: local}}, schema, path.name)
-    config = configuration.validate(shared, schema)
+    config = validation.validate(shared, schema)
     resolved = configuration.resolve(config, schema, model)
     entry = resolved["model"]
     if found := known(entry):
@@ -106,7 +106,7 @@ def check_room(
     if shape is None or os.environ.get(FORCE):
         return
     wanted = needs(shape, resolved, bits, gpu(cores) if on_gpu else cpu(cores), on_gpu)
-    if allocator not in configuration.LEARNED:
+    if allocator not in naming.LEARNED:
         wanted["search"] = wanted["bank"]
     if allocator not in ("ppo", "evolution"):  # these measure plans
         wanted["allocation"] = wanted["bank"]
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--gpu", action="store_true", help="with a GPU: its rates are assumed, not measured")
     parser.add_argument("--json", action="store_true", help="print JSON: seconds and bytes by step")
     options = parser.parse_args(arguments)
-    configuration.check_bits(f"{options.bits:g}")
+    naming.check_bits(f"{options.bits:g}")
     shape, settings = find(options.model)
     if options.cores < 1:
         raise WindquantError(f"--cores {options.cores}: give at least 1")

@@ -1,4 +1,4 @@
-"""Digests of the user's own files, so that a step runs again when their content is another, however old they are.
+"""The user's own files, and their digests: a step runs again when their content is another, however old they are.
 
 Snakemake compares the contents of inputs only where they are newer than what was made from them: a file that was moved,
 copied with its time, or linked to another may be older. Digests are remembered by what the disk says of a file.
@@ -7,12 +7,40 @@ copied with its time, or linked to another may be older. Digests are remembered 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from windquant import atomic, manifest
+from windquant.errors import WindquantError
+
+#: Sources that are read from a path, and what a local model's folder is made of, as far as it is read.
+LOCAL_SOURCES = ("folder", "file", "rows")
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
 MEMORY = Path(".cache") / "local"
+
+
+def of_entry(where: str, entry: Mapping[str, Any], keys: Mapping[str, str]) -> list[str]:
+    """The local files that an entry of the configuration reads.
+
+    keys: the key of each source, and that of its path. Of a folder these are the files in it that a model consists of.
+    Raises WindquantError if there is nothing.
+    """
+    files: list[str] = []
+    for source, key in keys.items():
+        if entry[source] in LOCAL_SOURCES:
+            if not entry.get(key):
+                raise WindquantError(f"{where}.{key}: missing; {source}: {entry[source]} reads it")
+            path = Path(str(entry[key])).expanduser()
+            if path.is_dir() and entry[source] == "folder":
+                files += sorted({str(file) for pattern in MODEL_FILES for file in path.glob(pattern)})
+            elif path.is_file():
+                files.append(str(path))
+            else:
+                wanted = "neither a file nor a folder" if entry[source] == "folder" else "no file"
+                raise WindquantError(f"{where}.{key}: {str(path)!r} is {wanted}")
+    return files
 
 
 def digest(files: Iterable[str]) -> str:

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from windquant import atomic, configuration, manifest, result_file, shape, summary
-from windquant.errors import WindquantError
+from windquant import atomic, configuration, manifest, naming, result_file, shape, summary, validation
+from windquant.errors import WindquantError, did_you_mean
 from windquant.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--bits", required=True, help="budget: effective bits per weight, all metadata included")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
     parser.add_argument("--text", help="what to calibrate and measure on: a text file, `articles` or `hub`")
-    parser.add_argument("--allocator", default="ppo", help=f"one of {', '.join(configuration.ALLOCATORS)} [ppo]")
+    parser.add_argument("--allocator", default="ppo", help=f"one of {', '.join(naming.ALLOCATORS)} [ppo]")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. recovery.steps=200; see config/README.md"
     )
@@ -79,18 +79,18 @@ def quantize(
         raise WindquantError(
             f"{ROOT}: holds no workflow; run this in a clone of the project, installed with `make env`"
         )
-    number = configuration.check_bits(_number(bits))
-    configuration.check_allocator(allocator)
+    number = naming.check_bits(_number(bits))
+    naming.check_allocator(allocator)
     name, entry = describe(model, text)
     for change in changes:
         apply(entry, change)
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
     shared = configuration.load(ROOT / "config" / "config.yaml")
-    document = configuration.validate(anchored(shared) | {"models": {name: anchored(entry)}}, schema)
+    document = validation.validate(anchored(shared) | {"models": {name: anchored(entry)}}, schema)
     check_output(out, work)
     out = out.resolve()  # "." has no name
     work = work or out.with_name(f"{out.name}.work")
-    target = Path("results") / configuration.result_name(name, number, allocator)
+    target = Path("results") / naming.result_name(name, number, allocator)
     checkpoint = work / "data" / "checkpoints" / f"{name}_{number}bits.{allocator}" / "quantized"
     (work / "config").mkdir(parents=True, exist_ok=True)
     atomic.write_text(work / "config" / "config.yaml", yaml.safe_dump(document, sort_keys=False))
@@ -119,7 +119,7 @@ def describe(model: str, text: str | None) -> tuple[str, dict[str, Any]]:
         entry = {"source": "hub", "id": model}
         name = model.rpartition("/")[2]
     else:
-        hint = configuration.did_you_mean(model, ready)
+        hint = did_you_mean(model, ready)
         raise WindquantError(
             f"{model}: neither a folder or file here nor a repository on the Hub (owner/name){hint or ';'} ready are "
             f"{', '.join(ready)}"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from windquant.configuration import MEASURING
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
+from windquant.naming import MEASURING
 from windquant.plan import Plan
 from windquant.report import plan_picture
 from windquant.report.svg import standalone

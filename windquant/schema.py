@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from windquant import dependencies, settings
-from windquant.configuration import HIGHEST_SEED, STEPS
+from windquant.configuration import STEPS
+from windquant.naming import HIGHEST_SEED
 
 SCHEMA = Path("workflow/schemas/config.schema.yaml")
 README = Path("config/README.md")

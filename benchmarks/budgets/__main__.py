@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.budgets.table import table
-from windquant import atomic, configuration
+from windquant import atomic, configuration, naming, validation
 from windquant.allocation import evolution, lagrangian, layers, ppo
 from windquant.allocation.budget import Choice
 from windquant.allocation.learned import Learned
@@ -67,11 +67,11 @@ class Meter:
 def configured(options: argparse.Namespace) -> SearchSettings:
     """The settings of the search that the workflow would make for this model."""
     schema = configuration.load(options.root / "workflow" / "schemas" / "config.schema.yaml")
-    config = configuration.validate(configuration.load(options.root / "config" / "config.yaml"), schema)
+    config = validation.validate(configuration.load(options.root / "config" / "config.yaml"), schema)
     resolved = configuration.resolve(config, schema, options.model)
     if options.change:
         known = configuration.changes(config, schema, options.model)
-        resolved = configuration.changed(resolved, known[configuration.variant(f"ppo-{options.change}", known).change])
+        resolved = configuration.changed(resolved, known[naming.variant(f"ppo-{options.change}", known).change])
     found = from_mapping(SearchSettings, configuration.step_settings(resolved, "search"), "search")
     if options.evaluations is not None:
         found = dataclasses.replace(found, evaluations=options.evaluations)

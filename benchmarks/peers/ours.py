@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.row import Row, Texts, evaluated
-from windquant import configuration
+from windquant import naming
 from windquant.manifest import Manifest
 
 STAGES = {"before_recovery": "before recovery", "quantized": "recovered"}
@@ -43,7 +43,7 @@ def main() -> None:
 
 def of_result(path: Path, result: dict[str, Any]) -> list[Row]:
     """A row before recovery and one after it. SystemExit for a name that the workflow does not give."""
-    variant = configuration.variant_of(path)  # the result's own allocator is "ppo" for ppo-chunk32 too
+    variant = naming.variant_of(path)  # the result's own allocator is "ppo" for ppo-chunk32 too
     if variant is None:
         raise SystemExit(f"{path}: no name of a result of the workflow; give one of results/")
     measured = next(iter(result["perplexity"].values()))

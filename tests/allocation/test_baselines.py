@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from windquant.allocation import ALLOCATORS, BASELINES, greedy, lagrangian, randomized, uniform
 from windquant.allocation.budget import cheapest, fill, ladder, limit, prices, take
 from windquant.bank import Bank
-from windquant.configuration import SEEDLESS
 from windquant.errors import WindquantError
+from windquant.naming import SEEDLESS
 from windquant.units import Linear
 
 

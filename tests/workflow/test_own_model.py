@@ -10,7 +10,7 @@ import yaml
 
 from tests.workflow.commands import run, windquant
 from tests.workflow.conftest import BITS, tiny_config
-from windquant import checkpoint, configuration, own_model
+from windquant import checkpoint, configuration, own_model, validation
 from windquant.errors import WindquantError
 
 SMALL = [
@@ -124,7 +124,7 @@ def test_a_folder_gives_a_name_that_is_safe_in_a_shell(tmp_path: Path, folder_na
     found, entry = own_model.describe(str(tmp_path / folder_name), None)
     assert found == name
     schema = configuration.load(own_model.ROOT / "workflow" / "schemas" / "config.schema.yaml")
-    configuration.validate({"models": {found: entry}}, schema)
+    validation.validate({"models": {found: entry}}, schema)
 
 
 def test_a_failed_step_gives_its_reason_last(folder: Path) -> None:

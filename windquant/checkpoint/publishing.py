@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from windquant import configuration, manifest, result_file
+from windquant import manifest, naming, result_file
 from windquant.checkpoint.card import card
 from windquant.checkpoint.files import check, check_plan, measure, read_config
 from windquant.errors import WindquantError
@@ -66,9 +66,9 @@ def gather(checkpoint: Path, result: Path, folder: Path) -> None:
 def command(plan: Plan, seed: int, result: Path) -> str:
     """The workflow's command for a result. Under a name of its own a file does not tell the change of an ablation."""
     name = result.name
-    if configuration.variant_of(result) is None:
-        variant = configuration.Variant(plan.allocator, seed=seed or None)
-        name = configuration.result_name(plan.model, float(plan.target_bits), variant.name)
+    if naming.variant_of(result) is None:
+        variant = naming.Variant(plan.allocator, seed=seed or None)
+        name = naming.result_name(plan.model, float(plan.target_bits), variant.name)
     return f"snakemake --cores all results/{name}"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from windquant.configuration import ALLOCATORS
+from windquant.naming import ALLOCATORS
 from windquant.report.svg import SERIES, legend
 
 Row = Sequence[str]

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from windquant import configuration, result_file
+from windquant import naming, result_file
 from windquant.atomic import manifest_path
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
@@ -33,7 +33,7 @@ class Experiment:
     def variant(self) -> str:
         """Allocator, change and seed, as the file is called; of a file with a name of its own the allocator alone."""
         allocator = str(self.result["allocator"])
-        named = configuration.variant_of(self.path)
+        named = naming.variant_of(self.path)
         return named.name if named and named.allocator == allocator else allocator
 
     @property
