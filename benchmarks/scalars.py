@@ -21,10 +21,10 @@ from torch import Tensor
 from windquant import calibration, decoder, streaming
 from windquant.feedback import column_order, factor, rotate
 from windquant.flow import Flow
-from windquant.packed import ScaleCoder, decode_offset, encode_offset
 from windquant.quantizers import Fit, action
 from windquant.quantizers.rotation import rotation
 from windquant.quantizers.scalar import Scalar
+from windquant.scales import ScaleCoder, decode_offset, encode_offset
 from windquant.statistics import Covariance, Statistics, owners
 from windquant.units import Linear, chunk_widths, protected_count
 

@@ -1,4 +1,4 @@
-"""The layout of a packed linear: exact bytes before and after, column orders, scales, and the decoded weight."""
+"""The layout of a packed linear: exact bytes before and after, column orders, and the decoded weight."""
 
 import itertools
 
@@ -10,15 +10,10 @@ from torch import Tensor
 from windquant.errors import WindquantError
 from windquant.feedback import column_order, quantize_linear
 from windquant.packed import (
-    FLOOR,
-    STEPS,
     Format,
     Layout,
-    ScaleCoder,
     chunk_order,
-    decode_offset,
     dequantize,
-    encode_offset,
     fixed_bytes,
     order_bytes,
     pack_order,
@@ -30,6 +25,7 @@ from windquant.packed import (
 from windquant.quantizers import actions
 from windquant.quantizers.base import Fit
 from windquant.quantizers.rotation import rotation
+from windquant.scales import ScaleCoder, decode_offset
 from windquant.storage import unpack
 from windquant.units import Linear, chunk_widths, protected_count
 
@@ -180,60 +176,6 @@ def test_many_chunks_take_two_bytes_a_column() -> None:
     assert order_bytes(600, 300, 0) == 1200
     packed = pack_order(chunk_order(order, widths, 0), widths, 0)
     assert torch.equal(unpack_order(packed, 600, widths, 0), chunk_order(order, widths, 0))
-
-
-@quickly
-@given(st.integers(1, 40), st.integers(1, 12), st.floats(0.001, 1.0), st.integers(0, 10**6))
-def test_scales_are_off_by_half_a_step_at_most(rows: int, chunks: int, spread: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    scales = torch.exp2(
-        torch.randn(rows, 1, generator=generator) + spread * torch.randn(rows, chunks, generator=generator)
-    )
-    coder = ScaleCoder.fit(scales)
-    step = float(coder.step)
-    assert step == pytest.approx(min(STEPS, key=lambda known: abs(known - step)), rel=1e-3)
-    for chunk in scales.T:
-        codes, share = coder.encode(chunk)
-        assert int(codes.max()) < 16
-        error = (coder.decode(codes, share).log2() - chunk.log2()).abs()
-        inside = (codes > 0) & (codes < 15)
-        assert (error[inside] <= step / 2 + 1e-3).all()
-
-
-@quickly
-@given(st.integers(1, 40), st.integers(1, 12), st.floats(0.001, 1.0), st.floats(-9, 9), st.integers(0, 10**6))
-def test_scales_that_may_not_get_smaller_do_not(
-    rows: int, chunks: int, spread: float, outlier: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    scales = torch.exp2(
-        spread * torch.randn(rows, chunks, generator=generator) - 20 * torch.rand(1, generator=generator)
-    )
-    scales[0, 0] *= 2**outlier  # of one row in one chunk
-    coder = ScaleCoder.fit(scales)
-    for chunk in scales.T:
-        codes, share = coder.encode(chunk, least=True)
-        ratio = (coder.decode(codes, share) / chunk).log2()
-        assert int(codes.max()) < 16
-        assert ratio.min() > -1e-4
-        assert (ratio[codes > 0] <= float(coder.step) + 1e-3).all(), "nor larger than they must"
-
-
-def test_a_row_of_zeros_has_a_scale() -> None:
-    scales = torch.zeros(3, 2)
-    coder = ScaleCoder.fit(scales)
-    codes, share = coder.encode(scales[:, 0])
-    decoded = coder.decode(codes, share)
-    assert decoded.isfinite().all()
-    assert (decoded <= 2 * FLOOR).all()
-
-
-def test_offsets_take_a_byte() -> None:
-    offset = torch.linspace(-2, 2, 50)
-    for levels in (2, 4, 8, 16):
-        inside = offset.abs() < levels * 127 / 256
-        error = (decode_offset(encode_offset(offset, levels), levels) - offset).abs()
-        assert (error[inside] <= levels / 512 + 1e-6).all()
 
 
 def test_a_damaged_order_of_many_chunks_is_refused() -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from windquant import compute, kernels
-from windquant.packed import SCALE_BITS, Layout, ScaleCoder, chunk_order, decode_offset, encode_offset, pack_order
+from windquant.packed import Layout, chunk_order, pack_order
 from windquant.quantizers import Fit, actions
 from windquant.quantizers.rotation import rotation
+from windquant.scales import SCALE_BITS, ScaleCoder, decode_offset, encode_offset
 from windquant.units import chunk_widths
 
 DAMPING = 0.01  # of the mean diagonal

@@ -1,6 +1,6 @@
 """The gains of a quantized linear: a factor exp(gain) per row and chunk, trained, then rounded into the scales' codes.
 
-A scale is stored as four bits beside what rows and chunks share (packed.py); a gain that is a multiple of a code's step
+A scale is stored as four bits beside what rows and chunks share (scales.py); a gain that is a multiple of a code's step
 moves the code and nothing else, so a checkpoint with other gains takes the same bytes.
 """
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from windquant.checkpoint.linear import PackedLinear
-from windquant.packed import SCALE_BITS, Layout
+from windquant.packed import Layout
+from windquant.scales import SCALE_BITS
 from windquant.storage import pack, unpack
 
 

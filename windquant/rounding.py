@@ -35,7 +35,7 @@ from windquant.checkpoint.rewriting import rewrite
 from windquant.divergence import divergence
 from windquant.errors import WindquantError
 from windquant.flow import Flow
-from windquant.packed import FLOOR, Layout, Run, decode_scales
+from windquant.packed import Layout, Run, decode_scales
 from windquant.presets import (
     ROUNDING_BATCH as BATCH,
     ROUNDING_BATCHES as BATCHES,
@@ -45,6 +45,7 @@ from windquant.presets import (
 from windquant.progress import Progress
 from windquant.quantizers import Treatment
 from windquant.quantizers.scalar import Scalar
+from windquant.scales import FLOOR
 from windquant.storage import pack, unpack_rows
 from windquant.tuning import drawn
 

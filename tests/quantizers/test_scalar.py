@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from windquant.packed import decode_offset, encode_offset
 from windquant.quantizers import actions
 from windquant.quantizers.base import Fit
 from windquant.quantizers.scalar import Scalar
+from windquant.scales import decode_offset, encode_offset
 
 SCALARS = [name for name in actions() if name.startswith("scalar")]
 

@@ -15,7 +15,7 @@ from windquant.storage import Pattern, unpack_rows
 
 CLIPS = 12  # candidates between half and the whole range of a row
 ROUNDS = 2  # of codes and least squares for each candidate
-LARGEST_OFFSET = 127 / 256  # of the levels' range, as packed.py stores offsets
+LARGEST_OFFSET = 127 / 256  # of the levels' range, as scales.py stores offsets
 
 
 @dataclass(frozen=True)
