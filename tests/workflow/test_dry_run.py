@@ -122,6 +122,10 @@ def test_an_ablation_repeats_what_its_changes_need(
         ("results/smollm2-135m_17bits.json", "17 bits: impossible"),
         ("results/smollm2-135m_2bits.json", "2bits: the names of this budget's files have 2.0bits"),
         ("results/smollm2-135m_2.0bits.ppo-01.json", "ppo-01: seeds go from 0 to 4294967295, without zeros"),
+        (
+            "results/smollm2-135m_2.0bits.ppo-chunk32-0.json",
+            "0 is the configuration's seed, which names leave out",
+        ),
         ("results/smollm2-135m_-2bits.greedy.json", "-2 bits: impossible"),
         ("results/smollm2-135m_2.0bits.gredy.json", "unknown allocator gredy, did you mean greedy?"),
         ("results/smollm2-135m_2.0bits.ppo-chunk33.json", "unknown change chunk33, did you mean chunk32?"),

@@ -88,7 +88,11 @@ def study(model, name):
 def variant(wildcards):
     """The allocator, change and seed that a file is about; an empty {baseline} is PPO."""
     name = getattr(wildcards, "allocator", None) or getattr(wildcards, "baseline", "").removeprefix(".")
-    return naming.variant(name or "ppo", changes(wildcards.model))
+    found = naming.variant(name or "ppo", changes(wildcards.model))
+    if found.seed is not None and found.seed == resolved(wildcards.model)["seed"]:
+        short = naming.Variant(found.allocator, found.change).name
+        raise WindquantError(f"{name}: {found.seed} is the configuration's seed, which names leave out: {short}")
+    return found
 
 
 def holds(wildcards):
