@@ -33,7 +33,7 @@ def test_schema_and_readme_are_current() -> None:
 def test_schema_and_settings_agree(step: str) -> None:
     entry = configuration.STEPS[step]
     fields = settings.json_schema(settings_class(step))["properties"]
-    assert list(fields) == dependencies.settings(entry.module)
+    assert tuple(fields) == dependencies.settings(entry.module)
     for name in set(fields) - {*entry.arguments, "name"}:
         stated = SCHEMA["$defs"][entry.section_of(name)]["properties"][name]
         assert stated.get("default") == fields[name].get("default"), name

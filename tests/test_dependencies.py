@@ -29,8 +29,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
     """A package of that name in a folder of its own; the fixture rewrites one of its files."""
 
     def clear() -> None:
-        for function in (dependencies.imported, dependencies._tree, dependencies._content):
-            function.cache_clear()
+        for function in vars(dependencies).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
 
     def write(name: str, text: str) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -77,5 +78,5 @@ def test_data_files_of_a_package_count(package: Edit) -> None:
 
 
 def test_settings_without_an_import(package: Edit) -> None:
-    assert dependencies.settings("windquant.bits") == ["steps", "rate"]
-    assert dependencies.settings("windquant.recovery") == []
+    assert dependencies.settings("windquant.bits") == ("steps", "rate")
+    assert dependencies.settings("windquant.recovery") == ()

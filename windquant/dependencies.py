@@ -1,12 +1,14 @@
 """What a step's result depends on in the code: its module and every windquant module that it imports, by content.
 
 The digest is of the parsed code without docstrings, so that a comment, a docstring or a new line reruns nothing.
-Only the standard library is imported here: the Snakefile asks for every step at each start.
+Only the standard library is imported here: the Snakefile asks for every step at each start, so that a file is read and
+parsed once.
 """
 
 import ast
 import hashlib
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = "windquant"
@@ -42,13 +44,13 @@ def closure(*names: str) -> list[str]:
     return sorted(found)
 
 
-@lru_cache
+@cache
 def imported(name: str) -> frozenset[str]:
     """The windquant modules that a module imports anywhere; for a package also what `python -m` runs, its __main__."""
     path = source(name)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     names = {entry(name)}
-    for node in ast.walk(_tree(path)):
+    for node in _statements(_tree(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -66,9 +68,10 @@ def entry(module: str) -> str:
     return f"{module}.__main__" if _find(f"{module}.__main__") else module
 
 
-def settings(module: str) -> list[str]:
+@cache
+def settings(module: str) -> tuple[str, ...]:
     """The field names of a step's `Settings` dataclass, those of its bases first, without importing it."""
-    return _fields(entry(module), "Settings")
+    return tuple(_fields(entry(module), "Settings"))
 
 
 def _fields(module: str, name: str) -> list[str]:
@@ -93,6 +96,7 @@ def source(module: str) -> Path:
     return path
 
 
+@cache
 def _find(module: str) -> Path | None:
     first, *rest = module.split(".")
     path = ROOT.joinpath(*rest)
@@ -108,19 +112,27 @@ def _files(module: str) -> list[tuple[str, Path]]:
     return [(file.relative_to(ROOT).as_posix(), file) for file in files]
 
 
-@lru_cache
+@cache
 def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_bytes(), filename=str(path))
-
-
-@lru_cache
-def _content(path: Path) -> str:
-    """Digest of a file; of code, without its docstrings and comments."""
-    if path.suffix != ".py":
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    """The code of a file, without docstrings."""
     tree = ast.parse(path.read_bytes(), filename=str(path))
-    for node in ast.walk(tree):
+    for node in [tree, *_statements(tree)]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             documented = ast.get_docstring(node, clean=False) is not None
             node.body = node.body[documented:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return tree
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements within a node, and what holds them (handlers, cases); no expressions, which are most of a tree."""
+    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+        for child in getattr(node, field, ()):
+            yield child
+            yield from _statements(child)
+
+
+@cache
+def _content(path: Path) -> str:
+    """Digest of a file; of code, without its docstrings and comments."""
+    content = ast.dump(_tree(path)).encode() if path.suffix == ".py" else path.read_bytes()
+    return hashlib.sha256(content).hexdigest()
