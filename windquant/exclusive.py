@@ -29,13 +29,13 @@ LOOKING = frozenset(
 _held: list[IO[str]] = []  # open for the life of the process
 
 
-def claim(arguments: Sequence[str]) -> bool:
-    """Make this process the folder's only workflow; False for a call of Snakemake that only looks.
+def claim(arguments: Sequence[str] = ()) -> bool:
+    """Make this process the folder's only workflow; False for a call of Snakemake, with `arguments`, that only looks.
 
     False, too, where the file system has no locks: whether another workflow runs is then for Snakemake's own to tell.
     Raises WindquantError with the process that has it, a workflow or a step that outlived its own.
     """
-    if _looks(arguments):
+    if arguments and _looks(arguments):  # whose import of Snakemake takes longer than a pull
         return False
     for folder in (".", ".snakemake", ".cache", "logs", "resources", "data", "results"):
         if Path(folder).exists() and not os.access(folder, os.W_OK):

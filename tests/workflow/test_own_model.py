@@ -18,7 +18,7 @@ SMALL = [
     for section, values in tiny_config(Path()).items()
     if section in ("calibration", "units", "recovery", "evaluation") and isinstance(values, dict)
     for key, value in values.items()
-    if key not in ("path", "source", "test_source", "tasks")
+    if key not in ("path", "source", "test_source")
 ]
 
 
@@ -30,7 +30,7 @@ def folder(clone: Callable[[], Path]) -> Path:
 def test_one_line_makes_a_checkpoint_with_its_card(folder: Path, tiny_model_folder: Path, text_file: Path) -> None:
     out = folder / "out"
     line = ("quantize", str(tiny_model_folder), "--bits", BITS, "--out", str(out), "--text", str(text_file))
-    line += ("--allocator", "lagrangian", "--cores", "1", *SMALL, '--set=evaluation.tasks=["cloze"]')
+    line += ("--allocator", "lagrangian", "--cores", "1", *SMALL)
     shown = windquant(folder, *line, PYTHONPATH=str(folder))
     assert "effective bits per weight" in shown
     assert f"python -m windquant generate {out}" in shown

@@ -79,7 +79,7 @@ def test_deleted_result_is_made_again_alone(author: Path, colleague: Path, snake
 
 
 def test_changes_rerun_what_depends_on_them(colleague: Path, snakemake: Snakemake) -> None:
-    recovered = {"recovery": 1, "perplexity": 1, "zero_shot": 2, "result": 1}
+    recovered = {"recovery": 1, "perplexity": 1, "zero_shot": 1, "result": 1}
     assert again(colleague, snakemake, RESULT, "--config", "recovery={steps: 3}") == recovered
     text = colleague / LOCAL / "text.txt"
     with changed(text, text.read_text() + "\nOne more sentence.\n"):

@@ -30,7 +30,7 @@ def pull(root: Path, models: bool = True, force: bool = False) -> None:
     `root` is the current folder, as it is for Snakemake, which cannot work there meanwhile.
     """
     store = Store(root)
-    exclusive.claim([])
+    exclusive.claim()
     print(f"from remote {store.remote_name}")
     count = store.fetch()
     incoming = store.listing()

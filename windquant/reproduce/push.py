@@ -41,7 +41,7 @@ def push(root: Path) -> None:
     `root` is the current folder, as it is for Snakemake, which cannot work there meanwhile.
     """
     store = Store(root)
-    exclusive.claim([])
+    exclusive.claim()
     print(f"to remote {store.remote_name}")
     artifacts = {name: record for name, record in records.read(root).items() if _travels(root, name)}
     if not any(manifest_path(root / name).exists() for name in artifacts):
