@@ -56,8 +56,15 @@ RECIPES = {
         "2 bits, groups of 64, asymmetric, columns in order of activation, 64 windows",
         bits=2, group_size=64, sym=False, desc_act=True, windows=64,
     ),
+    "gptq-2-64-searched": _gptq(
+        "2 bits, groups of 64, asymmetric, scales searched (mse 2.4), 64 windows",
+        bits=2, group_size=64, sym=False, mse=2.4, windows=64,
+    ),
     "gptq-3-64": _gptq("3 bits, groups of 64", bits=3, group_size=64),
-    "gptq-3-64-asymmetric": _gptq("3 bits, groups of 64, asymmetric", bits=3, group_size=64, sym=False),
+    "gptq-3-64-searched": _gptq(
+        "3 bits, groups of 64, asymmetric, scales searched (mse 2.4), 64 windows",
+        bits=3, group_size=64, sym=False, mse=2.4, windows=64,
+    ),
     "autoround-2-50": _autoround(2, 50),
     "autoround-2-200": _autoround(2, 200, note="its defaults"),
     "autoround-2-1000": _autoround(
