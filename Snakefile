@@ -34,7 +34,7 @@ include: "workflow/rules/files.smk"
 if workflow.is_main_process:
     from windquant import exclusive, integrity, provenance
 
-    alone = one_line(exclusive.claim)(sys.argv[1:])
+    alone = not exclusive.looks(sys.argv[1:]) and one_line(exclusive.claim)()
     provenance.mend(alone)
     integrity.check(set_aside=alone)
 

@@ -29,14 +29,12 @@ LOOKING = frozenset(
 _held: list[IO[str]] = []  # open for the life of the process
 
 
-def claim(arguments: Sequence[str] = ()) -> bool:
-    """Make this process the folder's only workflow; False for a call of Snakemake, with `arguments`, that only looks.
+def claim() -> bool:
+    """Make this process the folder's only workflow.
 
-    False, too, where the file system has no locks: whether another workflow runs is then for Snakemake's own to tell.
-    Raises WindquantError with the process that has it, a workflow or a step that outlived its own.
+    False where the file system has no locks: whether another workflow runs is then for Snakemake's own to tell. Raises
+    WindquantError with the process that has it, a workflow or a step that outlived its own.
     """
-    if arguments and _looks(arguments):  # whose import of Snakemake takes longer than a pull
-        return False
     for folder in (".", ".snakemake", ".cache", "logs", "resources", "data", "results"):
         if Path(folder).exists() and not os.access(folder, os.W_OK):
             raise WindquantError(f"{folder}: cannot be written to (read-only?); make it writable and run again")
@@ -89,7 +87,8 @@ def alone(what: str) -> Iterator[None]:
         yield
 
 
-def _looks(arguments: Sequence[str]) -> bool:
+def looks(arguments: Sequence[str]) -> bool:
+    """Whether a call of Snakemake only looks, and so needs no claim."""
     from snakemake.cli import get_argument_parser
 
     parser = get_argument_parser()
