@@ -86,7 +86,7 @@ def test_output_and_manifest() -> None:
     assert found.config_sha256 == manifest.config_sha256("demo", {"text": "hi", "tasks": []}, 7)
     assert found.command.endswith("--output data/out --text hi --seed 7 --source in.txt --more in.txt")
     assert abs(calendar.timegm(time.strptime(found.started, "%Y-%m-%dT%H:%M:%SZ")) - time.time()) < 60
-    assert found.machine["threads"] == str(control_groups.cores())
+    assert found.machine["threads"] == "1"  # OMP_NUM_THREADS of the tests
     assert (found.code, found.lock) == ("", "")  # this module is not of the package, and was not called by a rule
     assert set(json.loads(Path("data/out.manifest.json").read_text())) == {
         *("step", "settings", "seed", "inputs", "output", "seconds", "peak_memory_bytes", "versions"),
@@ -94,6 +94,30 @@ def test_output_and_manifest() -> None:
         *("config_sha256", "code", "lock", "command", "started", "machine"),
     }
     assert names() == {"out", "out.manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted", "threads"),
+    [
+        ((), None, "64"),
+        ((), "3", "3"),
+        ((), "3,1", "3"),
+        ((), "128", "64"),
+        ((), "many", "64"),
+        ((), "0", "64"),
+        (("--threads", "5"), "3", "5"),
+        (("--threads", "128"), None, "64"),
+    ],
+)
+def test_threads_are_those_asked_for_then_those_of_openmp_then_all(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], wanted: str | None, threads: str
+) -> None:
+    monkeypatch.setattr(control_groups, "cores", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if wanted is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    main(write, *flags)
+    assert Manifest.load(Path("data/out")).machine["threads"] == threads
 
 
 def test_code_and_lock_are_what_the_rule_says() -> None:

@@ -52,7 +52,7 @@ class Frame:
     """The settings that every step has."""
 
     seed: int = 0  # of every random choice
-    threads: int | None = None  # of the computation; none, or more than there are: all cores
+    threads: int | None = None  # of the computation; none: OMP_NUM_THREADS, or all cores, which are the most
     code: str = ""  # digest of the code, for the manifest; empty: of the step's module and what it imports
     lock: str = ""  # digest of the locked packages, for the manifest
 
@@ -134,8 +134,7 @@ def _run(
     def key() -> str:
         return cache_key(step, plain, arguments.seed, digests, code_digest(run))
 
-    available = control_groups.cores()
-    threads = min(arguments.threads or available, available)
+    threads = min(arguments.threads or _omp_threads() or sys.maxsize, control_groups.cores())
     if not light:
         import torch
 
@@ -182,6 +181,12 @@ def _run(
         document.save(output)
         integrity.remember(output)
         task.clear_cache()
+
+
+def _omp_threads() -> int:
+    """What the user's OMP_NUM_THREADS asks for, which torch would take by itself; 0 where that is no number."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # the others are of nested loops
+    return int(first) if first.isdecimal() else 0
 
 
 def _collect(inputs: Sequence[str], arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, list[Path]]]:
