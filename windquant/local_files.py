@@ -14,9 +14,11 @@ from typing import Any
 from windquant import atomic, manifest
 from windquant.errors import WindquantError
 
-#: Sources that are read from a path, and what a local model's folder is made of, as far as it is read.
-LOCAL_SOURCES = ("folder", "file", "rows")
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+LOCAL_SOURCES = ("folder", "file", "rows")  # those that are read from a path
+#: What is read of a model's folder: weights, index, configuration, tokenizer and licence; no pickles, no code.
+MODEL_FILES = (
+    "*.safetensors", "*.json", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 MEMORY = Path(".cache") / "local"
 

@@ -16,13 +16,10 @@ from typing import Any
 
 from windquant.errors import WindquantError
 from windquant.header import weight_files
+from windquant.local_files import MODEL_FILES
 
 TIMEOUT = 10  # seconds to wait for the Hub's answer
-#: Of a Hub model: weights, index, configuration, tokenizer and licence; no pickles, code or second copy in a subfolder.
-WANTED = (
-    "*.safetensors", "*.json", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-UNWANTED = ("*/*", "consolidated*")
+UNWANTED = ("*/*", "consolidated*")  # of a Hub model: second copies of its weights
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ def hub_model(name: str, repository: str, revision: str) -> Path:
         return snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=list(WANTED),
+            allow_patterns=list(MODEL_FILES),
             ignore_patterns=list(UNWANTED),
             etag_timeout=TIMEOUT,
         )
@@ -268,7 +265,7 @@ def link_folder(key: str, source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for path in weights:
         (target / path.name).symlink_to(path.resolve())
-    for pattern in WANTED[1:]:
+    for pattern in MODEL_FILES:
         for path in source.glob(pattern):
-            if path.is_file():
+            if path.is_file() and path.suffix != ".safetensors":
                 shutil.copyfile(path, target / path.name)
