@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from windquant import atomic, control_groups, dependencies, manifest, result, step
+from windquant import atomic, dependencies, manifest, result, step
 from windquant.errors import WindquantError
 from windquant.manifest import Manifest
 
@@ -94,30 +94,6 @@ def test_output_and_manifest() -> None:
         *("config_sha256", "code", "lock", "command", "started", "machine"),
     }
     assert names() == {"out", "out.manifest.json"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "wanted", "threads"),
-    [
-        ((), None, "64"),
-        ((), "3", "3"),
-        ((), "3,1", "3"),
-        ((), "128", "64"),
-        ((), "many", "64"),
-        ((), "0", "64"),
-        (("--threads", "5"), "3", "5"),
-        (("--threads", "128"), None, "64"),
-    ],
-)
-def test_threads_are_those_asked_for_then_those_of_openmp_then_all(
-    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], wanted: str | None, threads: str
-) -> None:
-    monkeypatch.setattr(control_groups, "cores", lambda: 64)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    if wanted is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-    main(write, *flags)
-    assert Manifest.load(Path("data/out")).machine["threads"] == threads
 
 
 def test_code_and_lock_are_what_the_rule_says() -> None:
