@@ -2,7 +2,6 @@
 
 import bz2
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from windquant import calibration, models, sources, step, texts
-from windquant.articles import Article
+from windquant import calibration, models, sources, splits, step, texts
 from windquant.errors import WindquantError
 
 SMALL = "--samples 6 --length 40 --reward-samples 3 --reward-length 24 --recovery-samples 10 --recovery-length 64"
@@ -68,13 +66,13 @@ def test_artifact_holds_windows_of_every_split(made: Path) -> None:
 
 
 def test_no_document_is_in_two_splits(made: Path, tiny_model_folder: Path, text_file: Path) -> None:
-    splits = json.loads((made / "info.json").read_text())["splits"]
-    used = [title for entry in splits.values() for title in entry["documents"]]
+    entries = json.loads((made / "info.json").read_text())["splits"]
+    used = [title for entry in entries.values() for title in entry["documents"]]
     assert len(used) == len(set(used)) > 15
     # ... and the windows are really cut from those documents
     documents = [part.strip() for part in text_file.read_text().split("\n\n")]
     tokenizer = models.load_tokenizer(tiny_model_folder)
-    for name, entry in splits.items():
+    for name, entry in entries.items():
         own = "\n\n".join(documents[int(title.split()[1]) - 1] for title in entry["documents"])
         for window in getattr(calibration.load(made), name)[:3]:
             text = tokenizer.decode(window[2:-2])
@@ -196,7 +194,7 @@ def test_jsonl_gives_one_document_a_line(tiny_model_folder: Path, text_file: Pat
     flags = ("--source", "file", "--path", str(path), "--columns", "question,answer")
     made = make(tiny_model_folder, tmp_path / "made", *flags)
     assert calibration.load(made).calibration.shape == (6, 40)
-    texts = calibration.split_texts(calibration.Settings(source="file", path=str(path), columns=("question", "answer")))
+    texts = splits.split_texts(calibration.Settings(source="file", path=str(path), columns=("question", "answer")))
     documents = [document.text for split in texts.documents.values() for document in split]
     assert len(documents) == len(set(documents)) == len(rows)  # the repeated row is in one split only
     assert rows[0]["question"] + "\n" + rows[0]["answer"] in documents
@@ -208,8 +206,8 @@ def test_a_file_without_blank_lines_has_one_document_a_line(
     path = tmp_path / "lines.txt"
     path.write_text(text_file.read_text().replace("\n\n", "\n"))
     made = make(tiny_model_folder, tmp_path / "made", "--source", "file", "--path", str(path))
-    splits = json.loads((made / "info.json").read_text())["splits"]
-    assert len(splits["test"]["documents"]) > 30
+    entries = json.loads((made / "info.json").read_text())["splits"]
+    assert len(entries["test"]["documents"]) > 30
 
 
 def test_whole_samples_are_beginnings_of_documents(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -244,16 +242,21 @@ def test_test_text_may_come_from_another_file(tiny_model_folder: Path, text_file
     assert models.load_tokenizer(tiny_model_folder).decode(made.test[0]) in path.read_text()
 
 
-def test_documents_are_dealt_in_proportion_and_whole() -> None:
-    chance = random.Random(0)
-    documents = [Article(str(number), ["x" * chance.randint(10, 4000)]) for number in range(400)]
-    shares = {"a": 0.1, "b": 0.3, "c": 0.6}
-    dealt = calibration.deal(documents, shares)
-    assert sorted(document.title for part in dealt.values() for document in part) == sorted(map(str, range(400)))
-    total = sum(len(document.text) for document in documents)
-    for name, share in shares.items():
-        assert sum(len(document.text) for document in dealt[name]) / total == pytest.approx(share, abs=0.01)
-    assert calibration.deal(documents[::-1], shares) == dealt
+@pytest.mark.parametrize(("key", "flag", "count"), [("calibration", "samples", 250), ("reward", "reward-samples", 200)])
+def test_recovery_gives_documents_to_a_split_with_too_few(
+    made: Path, tiny_model_folder: Path, text_file: Path, tmp_path: Path, key: str, flag: str, count: int
+) -> None:
+    flags = ("--source", "file", "--path", str(text_file))
+    before = json.loads((made / "info.json").read_text())["splits"]
+    length = before[key]["length"]
+    lent = make(tiny_model_folder, tmp_path / "made", *flags, f"--{flag}", str(count), "--recovery-samples", "100000")
+    entries = json.loads((lent / "info.json").read_text())["splits"]
+    assert entries[key]["windows"] == count
+    assert count * length <= entries[key]["tokens_available"] < count * length + 1000, "a document too many at most"
+    used = [title for entry in entries.values() for title in entry["documents"]]
+    assert len(used) == len(set(used))
+    assert set(before[key]["documents"]) < set(entries[key]["documents"])
+    assert torch.equal(calibration.load(lent).test, calibration.load(made).test)
 
 
 def test_articles_come_out_of_their_wheel(
@@ -293,7 +296,7 @@ def test_a_data_set_is_not_tested_on_what_it_is_trained_on() -> None:
         test_source="hub", test_dataset="a/b", test_subset="c", test_split="train",
     )  # fmt: skip
     with pytest.raises(WindquantError, match="the test text would be trained on"):
-        calibration.split_texts(settings)
+        splits.split_texts(settings)
 
 
 def test_nothing_is_no_text(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ cloze.jsonl and next_sentence.jsonl (zero-shot records, where the evaluation tex
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,15 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from windquant import models, sources, step, texts
+from windquant import models, splits, step, texts
 from windquant.articles import Article
 from windquant.errors import WindquantError
 from windquant.evaluation import tasks
 from windquant.settings import Count, Length, Limit, Natural
 
-#: Share of the text that goes to each split, in the order of assignment.
-TRAINING = {"calibration": 0.12, "reward": 0.05, "recovery": 0.60}
-HELD_OUT = {"test": 0.12, "tasks": 0.11}
 #: Windows are drawn from this many times as many tokens as are needed, where there is more text than that.
 OVERSAMPLING = 8
 
@@ -92,15 +89,18 @@ def run(task: step.Task, settings: Settings) -> None:
             raise WindquantError(
                 f"calibration.{key}: {getattr(settings, key)}, but the model takes {most} tokens; give at most so many"
             )
-    splits = split_texts(settings)
+    dealt = splits.split_texts(settings)
     tokens: dict[str, Tensor] = {}
-    info: dict[str, Any] = {"source": texts.origin(settings), "test_name": splits.test_name, "splits": {}}
+    info: dict[str, Any] = {"source": texts.origin(settings), "test_name": dealt.test_name, "splits": {}}
     for name in ("calibration", "reward", "recovery"):
         prefix = "" if name == "calibration" else f"{name}_"
         count, length = getattr(settings, f"{prefix}samples"), getattr(settings, f"{prefix}length")
         chance = random.Random(f"{task.seed} {name}")
-        documents = chance.sample(splits.documents[name], len(splits.documents[name]))
-        if whole := name == "calibration" and settings.whole:
+        whole = name == "calibration" and settings.whole
+        if name != "recovery":  # which takes what there is, so it can do with less
+            _supply(tokenizer, dealt, name, count, length, whole)
+        documents = chance.sample(dealt.documents[name], len(dealt.documents[name]))
+        if whole:
             windows, used, available = beginnings(tokenizer, documents, count, length)
         else:
             stream, used = encode(tokenizer, documents, OVERSAMPLING * count * length)
@@ -108,7 +108,7 @@ def run(task: step.Task, settings: Settings) -> None:
         least = 1 if name == "recovery" else count  # recovery begins again after its last window
         _require(name, prefix, windows, least, available, info["source"]["training"], whole)
         tokens[name], info["splits"][name] = windows, _describe(windows, used, available)
-    stream, used = encode(tokenizer, splits.documents["test"])
+    stream, used = encode(tokenizer, dealt.documents["test"])
     tokens["test"] = cut(stream, settings.context, first)
     if not len(tokens["test"]):
         raise WindquantError(
@@ -119,80 +119,27 @@ def run(task: step.Task, settings: Settings) -> None:
 
     task.output.mkdir(parents=True)
     save_file(tokens, task.output / "tokens.safetensors")
-    info["records"] = _write_records(task.output, splits.documents["tasks"], settings)
+    info["records"] = _write_records(task.output, dealt.documents["tasks"], settings)
     text = json.dumps(info, indent=1, ensure_ascii=False)
     (task.output / "info.json").write_text(f"{text}\n", encoding="utf-8")
     for name, entry in info["splits"].items():
         task.dataset(name, info["source"]["test" if name == "test" else "training"], entry["sha256"][:36], name)
         task.note(name, {key: value for key, value in entry.items() if key != "documents"})
-    task.note("test_name", splits.test_name)
+    task.note("test_name", dealt.test_name)
     task.note("source", info["source"])
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Documents of `calibration`, `reward`, `recovery`, `test` and `tasks`; no document is in two of them."""
+def _supply(
+    tokenizer: PreTrainedTokenizerBase, dealt: splits.Splits, name: str, count: int, length: int, whole: bool
+) -> None:
+    """Give a split documents of recovery's, if it has too few for `count` windows of `length`."""
 
-    documents: dict[str, list[Article]]
-    test_name: str
+    def worth(document: Article) -> int:
+        if whole:
+            return len(beginnings(tokenizer, [document], 1, length)[0])
+        return len(encode(tokenizer, [document])[0])
 
-
-def check_apart(settings: Settings, test_source: str) -> None:
-    """WindquantError if the test text would be trained on."""
-    if test_source == "hub":
-        kind, key = "hub", "dataset"
-        one: object = (settings.dataset, settings.subset, settings.split)
-        other: object = (settings.test_dataset, settings.test_subset, settings.test_split)
-    else:
-        kind, key = "file", "path"
-        one, other = (Path(path).expanduser().resolve() for path in (settings.path, settings.test_path))
-    if settings.source == kind and test_source in ("hub", "file", "rows") and one == other:
-        raise WindquantError(
-            f"calibration.test_{key}: the same as calibration.{key}, so the test text would be trained on; "
-            "use test_source: same, which holds a part out"
-        )
-
-
-def split_texts(settings: Settings) -> Splits:
-    """Read the sources and deal their documents out. The seed has no part in it: every seed has the same test text."""
-    test_source = "same" if settings.test_source == settings.source == "articles" else settings.test_source
-    check_apart(settings, test_source)
-    found = texts.documents(settings)
-    if test_source == "same":
-        names = {"articles": "wikipedia", "hub": settings.dataset.rpartition("/")[2], "file": Path(settings.path).stem}
-        return Splits(deal(found, {**TRAINING, **HELD_OUT}), names[settings.source])
-    documents = deal(found, TRAINING)
-    match test_source:
-        case "articles":
-            held_out = deal(texts.wikipedia(), {**TRAINING, **HELD_OUT})
-            return Splits({**documents, "test": held_out["test"], "tasks": held_out["tasks"]}, "wikipedia")
-        case "hub":
-            rows = sources.hub_rows(
-                "calibration.test_dataset",
-                settings.test_dataset,
-                settings.test_subset,
-                settings.test_split,
-                settings.test_columns,
-                "or set calibration.test_source: rows and calibration.test_path: <a local file>",
-            )
-            name = settings.test_subset or settings.test_dataset.rpartition("/")[2]
-        case _:
-            path = texts.existing("calibration.test_path", settings.test_path)
-            text, name = texts.read_text("calibration.test_path", path), path.stem
-            # The Hub's WikiText-2 keeps the line break of a row, except in empty ones.
-            rows = [line if line.strip() else "" for line in text.splitlines(True)] if test_source == "rows" else [text]
-    return Splits({**documents, "test": [Article(name, ["\n\n".join(rows)])], "tasks": []}, name)
-
-
-def deal(documents: Sequence[Article], shares: Mapping[str, float]) -> dict[str, list[Article]]:
-    """Whole documents to splits in proportion to `shares`, in the order of their titles' digests."""
-    dealt: dict[str, list[Article]] = {name: [] for name in shares}
-    characters = dict.fromkeys(shares, 0)
-    for document in sorted(documents, key=lambda document: hashlib.sha256(document.title.encode()).digest()):
-        name = min(shares, key=lambda name: characters[name] / shares[name])
-        dealt[name].append(document)
-        characters[name] += len(document.text)
-    return dealt
+    splits.lend(dealt.documents["recovery"], dealt.documents[name], count if whole else count * length, worth)
 
 
 def encode(

@@ -24,8 +24,8 @@ def _gptq(text: str, **options: Any) -> Recipe:
     return Recipe("GPTQ (GPTQModel)", text, "gptq", options, "gptq")
 
 
-def _autoround(bits: int, iterations: int, hours: str = "", note: str = "") -> Recipe:
-    options = {"bits": bits, "group_size": 64, "iters": iterations}
+def _autoround(bits: int, iterations: int, hours: str = "", note: str = "", **more: Any) -> Recipe:
+    options = {"bits": bits, "group_size": 64, "iters": iterations, **more}
     text = f"W{bits}A16, groups of 64, {iterations} iterations"
     return Recipe("AutoRound", text, "autoround", options, "autoround", hours, note)
 
@@ -50,25 +50,25 @@ RECIPES = {
     "gptq-2-32": _gptq("2 bits, groups of 32", bits=2, group_size=32),
     "gptq-2-64-gptaq": _gptq("2 bits, groups of 64, GPTAQ", bits=2, group_size=64, gptaq=0.25),
     "gptq-2-64-asymmetric": _gptq(
-        "2 bits, groups of 64, asymmetric, 64 windows", bits=2, group_size=64, sym=False, windows=64
+        "2 bits, groups of 64, asymmetric", bits=2, group_size=64, sym=False
     ),
     "gptq-2-64-ordered": _gptq(
-        "2 bits, groups of 64, asymmetric, columns in order of activation, 64 windows",
-        bits=2, group_size=64, sym=False, desc_act=True, windows=64,
+        "2 bits, groups of 64, asymmetric, columns in order of activation",
+        bits=2, group_size=64, sym=False, desc_act=True,
     ),
     "gptq-2-64-searched": _gptq(
-        "2 bits, groups of 64, asymmetric, scales searched (mse 2.4), 64 windows",
-        bits=2, group_size=64, sym=False, mse=2.4, windows=64,
+        "2 bits, groups of 64, asymmetric, scales searched (mse 2.4)",
+        bits=2, group_size=64, sym=False, mse=2.4,
     ),
     "gptq-3-64": _gptq("3 bits, groups of 64", bits=3, group_size=64),
     "gptq-3-64-searched": _gptq(
-        "3 bits, groups of 64, asymmetric, scales searched (mse 2.4), 64 windows",
-        bits=3, group_size=64, sym=False, mse=2.4, windows=64,
+        "3 bits, groups of 64, asymmetric, scales searched (mse 2.4)",
+        bits=3, group_size=64, sym=False, mse=2.4,
     ),
     "autoround-2-50": _autoround(2, 50),
     "autoround-2-200": _autoround(2, 200, note="its defaults"),
     "autoround-2-1000": _autoround(
-        2, 1000, hours="about four hours on two cores, twenty times 50 iterations", note="its best recipe"
+        2, 1000, hours="an hour and a half on two cores with BF16, more on others", note="its best recipe", compile=True
     ),
     "quanto-int2": Recipe("optimum-quanto", "qint2", "quanto", {"weights": "qint2"}, "quanto"),
     "quanto-int4": Recipe("optimum-quanto", "qint4", "quanto", {"weights": "qint4"}, "quanto"),

@@ -1,4 +1,6 @@
-"""AutoRound: rounding learned by signed gradients, block by block. Options: `bits`, `group_size`, `iters`."""
+"""AutoRound: rounding learned by signed gradients, block by block. Options: `bits`, `group_size`, `iters`, and
+`compile`, which needs a C compiler and takes a sixth off long runs.
+"""
 
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ def quantize(folder: Path, tokens: Tensor, options: frame.Options) -> Path:
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         device_map="cpu",
-        enable_torch_compile=False,
+        enable_torch_compile=options.get("compile", False),
     ).quantize_and_save(str(target), format="auto_round")
     return next(target.rglob("config.json")).parent  # it makes a folder of its own
 

@@ -1,6 +1,4 @@
-"""GPTQ as GPTQModel does it. Options: those of its GPTQConfig, `gptaq` (alpha) for the asymmetric calibration, and
-`windows` of the calibration split that it gets, if not all.
-"""
+"""GPTQ as GPTQModel does it. Options: those of its GPTQConfig, and `gptaq` (alpha) for the asymmetric calibration."""
 
 import os
 import tempfile
@@ -21,7 +19,6 @@ from benchmarks.peers import frame
 
 def quantize(folder: Path, tokens: Tensor, options: frame.Options) -> Path:
     options = dict(options)
-    tokens = tokens[: options.pop("windows", len(tokens))]
     if "gptaq" in options:
         options["gptaq"] = GPTAQConfig(alpha=options["gptaq"])
     model = GPTQModel.load(str(folder), GPTQConfig(**options, device="cpu"))
