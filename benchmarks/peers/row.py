@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--wikitext2", type=Path, help="calibration artifact whose test text is WikiText-2")
     parser.add_argument("--tasks", type=Path, help="folder of <task>.<split>.jsonl of the paper's tasks")
     parser.add_argument("--environments", type=Path, default=Path(".cache/peers"), help="where these are made")
-    parser.add_argument("--hours", type=float, default=2, help="after which a peer is stopped")
+    parser.add_argument("--hours", type=float, help="after which a peer is stopped (2; with --patient 12)")
     parser.add_argument("--patient", action="store_true", help="run what takes hours too")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
@@ -55,7 +55,8 @@ def main() -> None:
         row = described(recipe) | {"reason": f"not run: takes {recipe.hours}"}
     else:
         texts = Texts(given.calibration, given.wikitext2, given.tasks)
-        row = measure(recipe, given.model, texts, given.environments, given.hours)
+        hours = given.hours or (12 if given.patient else 2)
+        row = measure(recipe, given.model, texts, given.environments, hours)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(json.dumps(row, indent=1) + "\n")
     print(json.dumps(row), file=sys.stderr)
