@@ -15,8 +15,8 @@ PAGE = Path("docs/api.md")
 #: What one needs to use checkpoints, plans and banks, and to add to them; the machinery around the steps is left out.
 MODULES = (
     "allocation", "bank", "calibration", "checkpoint", "configuration", "evaluation", "feedback", "manifest", "measure",
-    "models", "naming", "packed", "plan", "quantizers", "recovery", "result", "result_file", "scales", "splits", "statistics",
-    "step", "storage", "task", "units",
+    "models", "naming", "packed", "plan", "quantizers", "recovery", "result", "result_file", "scales", "splits",
+    "statistics", "step", "storage", "task", "units",
 )  # fmt: skip
 HEAD = """# Python API
 
