@@ -259,6 +259,14 @@ def test_recovery_gives_documents_to_a_split_with_too_few(
     assert torch.equal(calibration.load(lent).test, calibration.load(made).test)
 
 
+def test_recovery_gives_whole_documents_to_whole_samples(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    flags = ("--source", "file", "--path", str(text_file), "--whole", "--samples", "20")  # of 80 documents 12 % are 10
+    made = make(tiny_model_folder, tmp_path / "made", *flags)
+    assert len(set(json.loads((made / "info.json").read_text())["splits"]["calibration"]["documents"])) == 20
+
+
 def test_articles_come_out_of_their_wheel(
     tiny_model_folder: Path,
     text_file: Path,

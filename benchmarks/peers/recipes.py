@@ -49,9 +49,7 @@ RECIPES = {
     "gptq-2-64": _gptq("2 bits, groups of 64", bits=2, group_size=64),
     "gptq-2-32": _gptq("2 bits, groups of 32", bits=2, group_size=32),
     "gptq-2-64-gptaq": _gptq("2 bits, groups of 64, GPTAQ", bits=2, group_size=64, gptaq=0.25),
-    "gptq-2-64-asymmetric": _gptq(
-        "2 bits, groups of 64, asymmetric", bits=2, group_size=64, sym=False
-    ),
+    "gptq-2-64-asymmetric": _gptq("2 bits, groups of 64, asymmetric", bits=2, group_size=64, sym=False),
     "gptq-2-64-ordered": _gptq(
         "2 bits, groups of 64, asymmetric, columns in order of activation",
         bits=2, group_size=64, sym=False, desc_act=True,

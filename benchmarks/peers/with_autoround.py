@@ -1,5 +1,5 @@
 """AutoRound: rounding learned by signed gradients, block by block. Options: `bits`, `group_size`, `iters`, and
-`compile`, which needs a C compiler and takes a sixth off long runs.
+`compile`, which needs a C compiler and takes a fifth off long runs.
 """
 
 import tempfile
