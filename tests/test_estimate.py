@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tests.checkpoint.making import tiny
-from windquant import configuration, cost, estimate, own_model, shape as shapes
+from windquant import configuration, cost, estimate, own_model, pace, shape as shapes
 from windquant.errors import WindquantError
 from windquant.processor import Processor
 from windquant.shape import Shape
@@ -78,8 +79,6 @@ def test_where_layers_differ_the_widest_counts(tmp_path: Path) -> None:
 def test_a_70b_model_is_counted_without_its_weights() -> None:
     shape = Shape.of(LLAMA_70B, "config.json")
     with_meta = LlamaConfig(**{**LLAMA_70B, "num_hidden_layers": 1})
-    import torch
-
     with torch.device("meta"):
         one = AutoModelForCausalLM.from_config(with_meta)
     assert shape.layer == sum(value.numel() for key, value in one.named_parameters() if "proj" in key)
@@ -101,6 +100,32 @@ def test_without_fast_bfloat16_steps_take_longer_and_plans_more_memory() -> None
         assert without[step].seconds > 1.3 * with_it[step].seconds, step
     assert without["search"].memory > 1.3 * with_it["search"].memory
     assert without["perplexity"].memory == with_it["perplexity"].memory
+
+
+def test_a_slower_machine_is_estimated_at_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost.processor, "this", lambda: FAST)
+    fitted = cost.cpu(4)
+    shape = shapes.EMBEDDED["smollm2-135m"]
+
+    def times(products: float, fast: float) -> dict[str, float]:
+        monkeypatch.setattr(pace, "products", lambda: (products, fast))
+        return {step: need.seconds for step, need in cost.needs(shape, EMBEDDED, 2.0, cost.this(4)).items()}
+
+    quiet, rounded = times(1e15, 1e15), times(1e15, 1e9)
+    half = times(*(rate / 2 / 4 / cost.REACHED for rate in (fitted.products, fitted.fast)))
+    never_faster = {step: need.seconds for step, need in cost.needs(shape, EMBEDDED, 2.0, fitted).items()}
+    assert quiet == never_faster
+    assert half["quantize"] == pytest.approx(2 * quiet["quantize"], rel=0.1)
+    assert half["perplexity"] == pytest.approx(2 * quiet["perplexity"], rel=0.1)
+    assert rounded["search"] > 10 * quiet["search"], "products that may be BF16 have a pace of their own"
+    assert rounded["quantize"] < 10 * quiet["quantize"]
+
+
+def test_the_pace_of_a_core_is_measured() -> None:
+    threads = torch.get_num_threads()
+    first, again = pace.products.__wrapped__(0.05), pace.products.__wrapped__(0.05)
+    assert all(1e9 < rate < 1e13 for rate in (*first, *again))
+    assert torch.get_num_threads() == threads
 
 
 def on(room: float) -> cost.Machine:

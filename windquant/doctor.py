@@ -163,6 +163,7 @@ def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator
     """A line per ready model: whether 2.0 bits of it fit into `room` bytes of (each) memory and `disk` bytes."""
     schema = configuration.load(ROOT / "workflow" / "schemas" / "config.schema.yaml")
     config = validation.validate(configuration.load(ROOT / "config" / "config.yaml"), schema)
+    machine = (cost.gpu if on_gpu else cost.this)(control_groups.cores())
     for name in config["models"]:
         resolved = configuration.resolve(config, schema, name)
         here = known(resolved["model"])
@@ -170,7 +171,6 @@ def fitting(room: float, disk: float, reachable: bool, on_gpu: bool) -> Iterator
         if shape is None:
             yield Finding(WARNING, name, "its size is known once it is here")
             continue
-        machine = (cost.gpu if on_gpu else cost.cpu)(control_groups.cores())
         wanted = cost.needs(shape, resolved, BITS, machine, on_gpu)
         held, space = max(need.memory for need in wanted.values()), sum(need.disk for need in wanted.values())
         seconds = cost.seconds(wanted)

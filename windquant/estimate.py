@@ -1,9 +1,10 @@
-"""What a result will cost: time, memory and disk of every step, from the model's configuration alone.
+"""What a result will cost here: time, memory and disk of every step, from the model's configuration alone.
 
     python -m windquant estimate smollm2-135m --bits 2.0
     python -m windquant estimate path/to/config.json --bits 2.0 --gpu
 
-`cost` has the formulas. Nothing heavy is imported: the Snakefile asks for every job.
+`cost` has the formulas. Nothing heavy is imported: the Snakefile asks for every job. The command measures how fast this
+machine multiplies first.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from windquant import configuration, control_groups, memory, naming, own_model, validation
-from windquant.cost import TIMES, Need, Settings, cpu, gpu, needs, seconds
+from windquant.cost import TIMES, Need, Settings, cpu, gpu, needs, seconds, this
 from windquant.errors import WindquantError
 from windquant.progress import duration
 from windquant.shape import UNKNOWN, Shape, known, read
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str]) -> None:
     shape, settings = find(options.model)
     if options.cores < 1:
         raise WindquantError(f"--cores {options.cores}: give at least 1")
-    machine = gpu(options.cores) if options.gpu else cpu(options.cores)
+    machine = gpu(options.cores) if options.gpu else this(options.cores)
     wanted = needs(shape, settings, options.bits, machine, options.gpu)
     if options.json:
         print(json.dumps({name: vars(need) for name, need in wanted.items()}, indent=1))
