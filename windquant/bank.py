@@ -176,6 +176,7 @@ class Bank:
 def run(task: step.Task, settings: Settings) -> None:
     statistics = Statistics.load(task.inputs["statistics"])
     source = streaming.open_source(task.inputs["model"])
+    statistics.check(source)
     original = "float16" if models.stored_dtype(task.inputs["model"]) == torch.float16 else "bfloat16"
     units = Units(settings.chunk, settings.protected, settings.window, settings.order, original)
     linears = share(statistics.linears, settings.part, settings.jobs) if settings.part else statistics.linears
@@ -187,7 +188,8 @@ def run(task: step.Task, settings: Settings) -> None:
         bank = make(task.inputs["model"].name, weights, statistics, units, menu(settings.treatment))
     bank.save(task.output)
     task.note("units", len(bank.linear))
-    task.note("lowest_bits", bank.lowest_bits())
+    if bank.linears:  # of more jobs than there are linears, some have none
+        task.note("lowest_bits", bank.lowest_bits())
 
 
 def share(linears: Sequence[Linear], part: int, jobs: int) -> list[Linear]:

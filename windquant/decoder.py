@@ -9,7 +9,7 @@ Memory: the activations of one batch; the caller decides what it keeps.
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +111,17 @@ def _forwards(layers: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iter
 
 
 def embed(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Call]]:
-    """First hidden state [batch, length, hidden] of token ids [batch, length], and each layer's call."""
+    """First hidden state [batch, length, hidden] of token ids [batch, length], and each layer's call.
+
+    Raises WindquantError for a token that the model does not have.
+    """
     _, layers = decoder_layers(model)
+    words = len(cast(nn.Embedding, cast(PreTrainedModel, model).get_input_embeddings()).weight)
+    if (highest := int(ids.max())) >= words:
+        raise WindquantError(
+            f"--calibration: it has the token {highest}, the model's vocabulary has {words}; make the calibration set "
+            "with this model's tokenizer"
+        )
     calls: list[Call] = []
     first: list[Tensor] = []
 

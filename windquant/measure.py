@@ -71,6 +71,9 @@ class LossMeter:
         texts = calibration.load(calibration_set)
         self.samples = texts.calibration[: max(1, presets.CONFIRM_TOKENS // texts.calibration.shape[1])].long()
         self.statistics = Statistics.load(statistics)
+        self.statistics.check(streaming.open_source(model))
+        if bank.linears != self.statistics.linears:
+            raise WindquantError("--bank: it is not of these statistics; make it again from them")
         reward = texts.reward.long().to(self.device)
         if len(reward) < 2:
             raise WindquantError("calibration.reward_samples: ask for 2, one to measure on and one to confirm on")

@@ -35,9 +35,15 @@ class Settings:
 def run(task: step.Task, settings: Settings) -> None:
     plan = Plan.load(task.inputs["plan"])
     statistics = Statistics.load(task.inputs["statistics"])
+    statistics.check(streaming.open_source(task.inputs["model"]))
     texts = calibration.load(task.inputs["calibration"])
     given = texts.calibration.long(), texts.recovery[: settings.recovery_windows].long()
     layouts = layouts_of(plan, statistics.linears)
+    if (size := sum(layout.bytes() for layout in layouts.values())) != plan.bytes:
+        raise WindquantError(
+            f"the plan's actions take {size} bytes, it says {plan.bytes}: it was changed by hand, or is of another "
+            "version; make it again"
+        )
 
     def written(batch: int) -> checkpoint.Measured:
         model = streaming.load(task.inputs["model"])  # anew for a smaller batch: its weights are replaced as it goes
@@ -58,7 +64,7 @@ def layouts_of(plan: Plan, linears: list[Linear]) -> dict[str, Layout]:
     """Layout of every linear under the plan; WindquantError if the plan was made for other shapes."""
     form = plan.units.format()
     if set(plan.actions) != {linear.name for linear in linears}:
-        raise WindquantError("the plan names other linears than the model has; make the plan again from this model")
+        raise WindquantError("the plan names other linears than the statistics; make it again from these")
     layouts = {}
     for linear in linears:
         names = plan.actions[linear.name]

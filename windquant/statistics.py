@@ -64,6 +64,23 @@ class Statistics:
         except tensor_file.UNREADABLE as error:
             raise WindquantError(f"{path}: not readable statistics ({error}); delete it and run again") from error
 
+    def check(self, model: streaming.Source) -> None:
+        """Raise WindquantError unless these are the statistics of that model, or of one of its shape."""
+        linears = {f"{linear.name}.weight": (linear.rows, linear.columns) for linear in self.linears}
+        for name, shape in linears.items():
+            if not model.holds(name, torch.Size(shape)):
+                raise WindquantError(
+                    f"--statistics: they have a linear {name.removesuffix('.weight')} of {shape[0]} x {shape[1]}, "
+                    f"{model.folder} does not; give the statistics of this model"
+                )
+        last = max(self.linears, key=lambda linear: linear.layer)
+        prefix = last.name.partition(f".{last.layer}.")[0]
+        if any(name.startswith(f"{prefix}.{last.layer + 1}.") for name in model.entries):
+            raise WindquantError(
+                f"--statistics: they end with layer {last.layer}, {model.folder} has more; give the statistics of this "
+                "model"
+            )
+
 
 def run(task: step.Task, settings: Settings) -> None:
     ids = calibration.load(task.inputs["calibration"]).calibration[: settings.samples].long()
@@ -195,6 +212,8 @@ def forward(
             conditional[group] = torch.empty_like(energy[group])
             factor_u = factor(matrix[order.to(matrix.device)][:, order.to(matrix.device)])
             conditional[group][order] = factor_u.diagonal().square().reciprocal().cpu()
+            if not energy[group].any():  # of a covariance of zeros `factor` makes ones; no error costs anything here
+                conditional[group].zero_()
         for linear in here:
             if linear.group not in energy:
                 raise WindquantError(

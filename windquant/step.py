@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from windquant import (
     atomic,
@@ -41,6 +41,8 @@ from windquant import (
 )
 from windquant.errors import WindquantError, reported
 from windquant.manifest import Manifest
+from windquant.naming import HIGHEST_SEED
+from windquant.settings import Limit
 from windquant.task import Task as Task  # steps know it by this module's name
 
 S = TypeVar("S")
@@ -51,7 +53,7 @@ OPTIONAL, SEVERAL = ("?", "*"), ("*", "+")  # marks of inputs
 class Frame:
     """The settings that every step has."""
 
-    seed: int = 0  # of every random choice
+    seed: Annotated[int, Limit("minimum", 0), Limit("maximum", HIGHEST_SEED)] = 0  # of every random choice
     threads: int | None = None  # of the computation; none: OMP_NUM_THREADS, or all cores, which are the most
     code: str = ""  # digest of the code, for the manifest; empty: of the step's module and what it imports
     lock: str = ""  # digest of the locked packages, for the manifest

@@ -72,24 +72,28 @@ class LossModel:
         return np.exp((weights[..., :split] @ self.phi.T)[..., None] + weights[..., None, split:])
 
     def predict(self, choice: Choice) -> float:
-        """Expected measured loss gap of a plan [U], nats per token."""
+        """Expected measured loss gap of a plan [U], nats per token; 0 for one without errors."""
         total = take(self.errors * self.multipliers(self._theta[: self.size]), choice).sum()
+        if total == 0:
+            return 0.0
         offset, power, bend = self._theta[self.size :]
         return float(np.exp(offset + power * np.log(total) + bend * np.log(total) ** 2))
 
     def add(self, choice: Choice, loss: float) -> None:
-        """Learn from one measurement. A loss that is not finite is kept but not learned from."""
+        """Learn from one measurement. A loss that is not finite, or of a plan without errors, is kept but not learned
+        from.
+        """
         self.plans.append(np.array(choice))
         self.losses.append(float(loss))
         self._fit()
 
     def _fit(self) -> None:
-        losses = np.array(self.losses)
-        good = np.isfinite(losses)
+        losses, plans = np.array(self.losses), np.array(self.plans)
+        error = np.stack([take(self.errors, plan) for plan in plans])  # [n, U]
+        good = np.isfinite(losses) & (error.sum(axis=1) > 0)
         if not (losses[good] > 0).any():
             return  # nothing to learn from: the loss does not rise at all
-        plans = np.array(self.plans)[good]
-        error = np.stack([take(self.errors, plan) for plan in plans])  # [n, U]
+        plans, error = plans[good], error[good]
         logs = np.log(np.maximum(losses[good], FLOOR * error.sum(axis=1)))
         split, count = self.phi.shape[1], len(self.bank.actions)
 

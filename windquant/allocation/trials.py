@@ -14,6 +14,7 @@ from windquant.allocation.settings import MeasureSettings
 from windquant.bank import Bank
 
 Measure = Callable[[Choice], float]
+END = "."  # of a whole line of the record
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,15 @@ class Trials:
     def _loss(self, choice: Choice) -> float:
         name = hashlib.sha256(choice.astype("<i8").tobytes()).hexdigest()
         if self.record and self.record.exists():
-            for key, plan, loss in (words for line in self.record.open() if len(words := line.split()) == 3):
-                if (key, plan) == (self.key, name):
-                    return float(loss)
+            for words in map(str.split, self.record.open()):
+                if (words[:2], words[3:]) == ([self.key, name], [END]):
+                    return float(words[2])
         measured = float(self.measure(choice))
         measured = measured if np.isfinite(measured) else np.inf
         if self.record:
             with self.record.open("a") as file:
-                file.write(f"\n{self.key} {name} {measured!r}\n")  # the first newline ends a line that a kill cut off
+                # the first newline ends a line that a kill cut off, perhaps inside its number
+                file.write(f"\n{self.key} {name} {measured!r} {END}\n")
         return measured
 
 

@@ -4,9 +4,10 @@ The first of them that is called computes the products of all; the others find t
 the very same tensor, unchanged. More than 16 activations are multiplied by a decoded weight, which is let go.
 """
 
+import threading
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from windquant.packed import Layout
 if TYPE_CHECKING:
     from windquant.checkpoint.linear import PackedLinear
     from windquant.kernels.launches import Launch
+
+
+class Waiting(threading.local):
+    """Of each thread: products that their linears have not asked for yet, and the input of those with its version."""
+
+    def __init__(self) -> None:
+        self.products: dict[int, Tensor] = {}
+        self.source: tuple[weakref.ref[Tensor], int] | None = None
 
 
 class Fused:
@@ -33,8 +42,15 @@ class Fused:
     def forget(self) -> None:
         """The tensors have moved: tables that hold their addresses are void."""
         self._launches: dict[tuple[int, ...], Launch] = {}
-        self._waiting: dict[int, Tensor] = {}  # products that their linears have not asked for yet
-        self._source: tuple[weakref.ref[Tensor], int] | None = None  # the input of those, and its version
+        self._waiting = Waiting()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors of its own, and makes tables of their addresses when it needs them."""
+        return {"layouts": self.layouts, "members": self.members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
 
     @torch.compiler.disable
     def __call__(self, member: "PackedLinear", x: Tensor) -> Tensor:
@@ -51,13 +67,13 @@ class Fused:
         elif x.is_inference():  # has no version: a change between two calls would not be seen
             y = self._launch((number,))(flat)[0]
         else:
-            if self._source is None or self._source[0]() is not x or self._source[1] != x._version:
-                self._waiting.clear()
-            if number not in self._waiting:
-                products = self._launch(tuple(range(len(self.members))))(flat)
-                self._waiting = dict(enumerate(products))
-                self._source = weakref.ref(x), x._version
-            y = self._waiting.pop(number)
+            waiting = self._waiting
+            if waiting.source is None or waiting.source[0]() is not x or waiting.source[1] != x._version:
+                waiting.products.clear()
+            if number not in waiting.products:
+                waiting.products = dict(enumerate(self._launch(tuple(range(len(self.members))))(flat)))
+                waiting.source = weakref.ref(x), x._version
+            y = waiting.products.pop(number)
         return y.view(*x.shape[:-1], member.out_features)
 
     def _launch(self, numbers: tuple[int, ...]) -> "Launch":

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from windquant import kernels
+from windquant.checkpoint.files import unpacked_order
 from windquant.checkpoint.fused import Fused
 from windquant.packed import Layout
 
@@ -44,6 +45,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("dense", None, persistent=False)  # [rows, columns]
         self.fused: Fused | None = None
         self.low_memory = False
+        self.register_load_state_dict_post_hook(_reloaded)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -108,6 +110,28 @@ class PackedLinear(nn.Module):
         self.settle()
         return self
 
+    def reload(self) -> None:
+        """The stored tensors are others, of the same layout: what was made of them is void."""
+        if self.fused is None:
+            return
+        self.fused.forget()
+        members = [self]
+        if self.layout.owner:  # of the column order of the whole group
+            order = unpacked_order(self.layout, self.get_buffer("order")).to(self.get_buffer("codes").device)
+            if not torch.equal(order, self.get_buffer("column_order")):
+                members = self.fused.members
+            for member in members:
+                member.column_order = order
+        for member in members:
+            member.dense = None
+            member.settle()
+
     def extra_repr(self) -> str:
         bits = 8 * self.layout.bytes() / self.layout.linear.weights
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits:.2f}"
+
+
+def _reloaded(module: nn.Module, _: object) -> None:
+    """A hook of load_state_dict."""
+    if isinstance(module, PackedLinear):
+        module.reload()

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 SHARD = "50GB"  # largest file of weights: what transformers' save_pretrained makes
 #: What travels with the weights: the tokenizer's files and the model's licence.
 COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "LICENSE*", "NOTICE*",
+    "tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "*.tiktoken", "*.bpe", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
