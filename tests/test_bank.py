@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.checkpoint.making import ARCHITECTURES, save_tokenizer, tiny
 from tests.families import NAMES, WINDOW, Prepared, family, prepare, run, statistics_of, token_ids
 from windquant import bank as module, checkpoint, models, streaming
-from windquant.bank import Bank, lowest_bits, make, unit_errors
+from windquant.bank import Bank, join, lowest_bits, make, unit_errors
 from windquant.decoder import quantizable
 from windquant.errors import WindquantError
 from windquant.feedback import column_order, factor, quantize_linear
@@ -365,3 +365,14 @@ def test_step_makes_the_bank_of_the_model(prepared: Prepared, tmp_path: Path) ->
     )
     assert notes == {"units": len(bank.linear), "lowest_bits": bank.lowest_bits()}
     assert (tmp_path / "again").read_bytes() == prepared.bank.read_bytes()
+
+
+def test_of_more_jobs_than_linears_some_have_none(prepared: Prepared, tmp_path: Path) -> None:
+    settings = {"chunk": 32, "protected": 0.03, "treatment": "scalar", "window": WINDOW, "jobs": 20}
+    inputs = prepared.inputs("model", "statistics")
+    notes = [run(module, tmp_path / f"{part}", inputs, part=part, **settings) for part in range(1, 21)]
+    assert {"units": 0} in notes
+    parts = [Bank.load(tmp_path / f"{part}") for part in range(1, 21)]
+    joined = join(parts, Statistics.load(prepared.statistics).linears)
+    joined.save(tmp_path / "joined")
+    assert (tmp_path / "joined").read_bytes() == prepared.bank.read_bytes()

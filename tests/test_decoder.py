@@ -122,7 +122,7 @@ def test_layers_that_share_weights_are_refused() -> None:
 def test_forwards_come_back_after_an_error() -> None:
     model = family("llama")
     with pytest.raises(IndexError):
-        embed(model, torch.full((1, 2), 320))  # no such token
+        embed(model, torch.full((1, 2), -1))  # no such token
     check(model)
 
 
@@ -206,3 +206,8 @@ def test_a_model_without_linear_layers_is_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=2, n_head=2))
     with pytest.raises(WindquantError, match=r"GPT2LMHeadModel: .*nn\.Linear"):
         quantizable(model)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused() -> None:
+    with pytest.raises(WindquantError, match="the token 320, the model's vocabulary has 320; make the calibration set"):
+        embed(family("llama"), torch.tensor([[1, 320]]))

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.checkpoint.making import save_tokenizer
 from tests.families import Prepared, in_float32, inputs_of, prepare, uniform
 from windquant import calibration, checkpoint, models, quantize, step
 from windquant.errors import WindquantError
@@ -228,10 +230,10 @@ def test_natural_order_is_kept(prepared: Prepared) -> None:
 def test_a_plan_for_other_linears_is_refused(prepared: Prepared) -> None:
     linears = Statistics.load(prepared.statistics).linears
     plan = uniform(prepared, "scalar-2")
-    with pytest.raises(WindquantError, match="names other linears than the model has"):
+    with pytest.raises(WindquantError, match="names other linears than the statistics"):
         layouts_of(plan, linears[:-1])
     renamed = {f"{name}x": row for name, row in plan.actions.items()}
-    with pytest.raises(WindquantError, match="names other linears than the model has"):
+    with pytest.raises(WindquantError, match="names other linears than the statistics"):
         layouts_of(dataclasses.replace(plan, actions=renamed), linears)
 
 
@@ -275,11 +277,26 @@ def test_weights_with_nan_are_refused(prepared: Prepared, tmp_path: Path, capsys
     assert "model.layers.1.mlp.down_proj.weight holds 1 NaN or Inf" in line
 
 
-def test_a_plan_that_mispredicts_its_bytes_leaves_no_checkpoint(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_plan_that_was_changed_by_hand_is_refused_before_any_work(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "quantized_linears", None)
     plan = uniform(prepared, "scalar-2")
-    with pytest.raises(RuntimeError, match=f"takes {plan.bytes} bytes, the plan predicted {plan.bytes + 1}"):
-        quantized(prepared, dataclasses.replace(plan, bytes=plan.bytes + 1), tmp_path / "packed")
-    assert {path.name for path in tmp_path.iterdir()} == {"packed.plan.json"}
+    first, *others = plan.actions
+    changed = {first: ["scalar-3", *plan.actions[first][1:]], **{name: plan.actions[name] for name in others}}
+    line = refused(prepared, dataclasses.replace(plan, actions=changed), tmp_path / "packed", capsys)
+    assert f"bytes, it says {plan.bytes}: it was changed by hand" in line
+
+
+def test_a_model_with_more_layers_is_refused(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deeper = LlamaConfig.from_pretrained(prepared.model, num_hidden_layers=3)
+    LlamaForCausalLM(deeper).save_pretrained(tmp_path / "deeper")
+    save_tokenizer(tmp_path / "deeper")
+    other = dataclasses.replace(prepared, model=tmp_path / "deeper")
+    line = refused(other, uniform(prepared, "scalar-2"), tmp_path / "packed", capsys)
+    assert "--statistics: they end with layer 1" in line
 
 
 def test_the_plan_travels_with_the_checkpoint(made: Path, prepared: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.families import (
     collected,
@@ -23,7 +24,8 @@ from tests.families import (
     statistics_of,
     token_ids,
 )
-from windquant import compute, models, statistics
+from windquant import compute, models, statistics, streaming
+from windquant.decoder import quantizable
 from windquant.errors import WindquantError
 from windquant.feedback import DAMPING
 from windquant.statistics import Covariance, Statistics
@@ -242,3 +244,35 @@ def test_damaged_statistics_are_refused_by_name(tiny_model_folder: Path, tmp_pat
         save_file({"energy:a": torch.zeros(2)}, path)
     with pytest.raises(WindquantError, match=f"{path.name}.*delete it and run again"):
         Statistics.load(path)
+
+
+def test_errors_where_every_input_is_zero_cost_nothing() -> None:
+    model = family("llama")
+    model.model.layers[0].mlp.gate_proj.weight.zero_()  # silu(0) x up = 0 is all that down_proj reads
+    found = statistics_of(model, IDS)
+    name = "model.layers.0.mlp.down_proj"
+    assert not found.energy[name].any()
+    assert not found.conditional[name].any()
+    others = [value for group, value in found.conditional.items() if group != name]
+    assert all((value > 0).all() for value in others)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"hidden_size": 40}, r"a linear model\.layers\.0\.self_attn\.q_proj of 48 x 48, .* does not"),
+        ({"num_hidden_layers": 3}, r"they end with layer 1, .* has more"),
+        ({"num_hidden_layers": 1}, r"a linear model\.layers\.1\.self_attn\.q_proj of 48 x 48, .* does not"),
+        ({"vocab_size": 400}, ""),
+    ],
+)
+def test_statistics_of_another_model_are_noticed(
+    tiny_model_folder: Path, tmp_path: Path, other: dict[str, int], message: str
+) -> None:
+    config = LlamaConfig.from_pretrained(tiny_model_folder)
+    config.update(other)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    found = Statistics(quantizable(models.load(tiny_model_folder)), {}, {}, {})
+    found.check(streaming.open_source(tiny_model_folder))
+    with pytest.raises(WindquantError, match=message) if message else nullcontext():
+        found.check(streaming.open_source(tmp_path / "other"))

@@ -185,6 +185,8 @@ def test_notes_must_be_json() -> None:
     [
         (["--source", ".", "--wrong", "1"], "error: unrecognized arguments: --wrong 1"),
         (["--seed", "x"], "error: --seed: 'x' is not a whole number"),
+        (["--seed", "-1"], "error: --seed: '-1' is not at least 0"),
+        (["--seed", "4294967296"], "error: --seed: '4294967296' is not at most 4294967295"),
         ([], "error: the following arguments are required: --source"),
         (["--source", "no/such"], "error: --source no/such: no such file or folder"),
         (["--source", ".", "--experiment", "a_b"], "error: --experiment a_b: give a plan"),

@@ -139,7 +139,7 @@ def _within(value: Any, limits: Iterable[Limit], subject: str) -> Any:
     for limit in limits:
         holds, words = COMPARISONS[limit.name]
         if not holds(value, limit.value):
-            raise ValueError(f"{subject} is not {words} {limit.value:g}")
+            raise ValueError(f"{subject} is not {words} {limit.value:.12g}")
     return value
 
 

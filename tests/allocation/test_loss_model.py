@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from windquant.allocation import lagrangian
 from windquant.allocation.features import corrections, unit_features
 from windquant.allocation.loss_model import LossModel
+from windquant.allocation.trials import Trials
 from windquant.bank import Bank
 
 
@@ -81,3 +83,35 @@ def test_features_are_finite_and_of_order_one(bank: Bank, make_bank: Callable[..
         for values in (phi, seen):
             assert np.isfinite(values).all()
             assert abs(values).max() <= 3
+
+
+def test_a_plan_without_errors_is_predicted_to_lose_nothing_and_teaches_nothing(bank: Bank) -> None:
+    free = dataclasses.replace(bank, errors=np.where(bank.errors == bank.errors.min(1, keepdims=True), 0, bank.errors))
+    best, cheap = free.errors.argmin(1), lagrangian.allocate(free, 2.0)
+    model, other = LossModel(free), LossModel(free)
+    assert model.predict(best) == 0
+    for each in (model, other):
+        each.add(cheap, 0.7)
+    model.add(best, 1e-4)
+    np.testing.assert_allclose(model.weights, other.weights, rtol=1e-3)  # but for where the solver stops
+    assert np.isfinite(model.predict(cheap))
+
+
+def test_no_plan_is_measured_twice_unless_its_record_was_cut_off(bank: Bank, tmp_path: Path) -> None:
+    record, choice, asked = tmp_path / "record", lagrangian.allocate(bank, 2.0), []
+
+    def measure(choice: np.ndarray) -> float:
+        asked.append(choice)
+        return 1.71875
+
+    def loss() -> float:
+        return Trials(LossModel(bank), measure, 4, record, "mine").run(choice, 2.0, "lagrangian").loss
+
+    assert loss() == loss() == 1.71875
+    assert len(asked) == 1
+    for end in ("1", "1.7", "1.71875"):  # where a full disk, or the power, ended the line
+        record.write_text(record.read_text().rpartition("1.71875")[0] + end)
+        assert loss() == 1.71875
+    assert len(asked) == 4
+    assert loss() == 1.71875
+    assert len(asked) == 4

@@ -15,6 +15,7 @@ import windquant
 from tests.checkpoint.making import ARCHITECTURES, Made, make
 from windquant import checkpoint, streaming
 from windquant.checkpoint.linear import PackedLinear
+from windquant.checkpoint.rewriting import rewrite
 from windquant.packed import dequantize
 from windquant.quantizers import actions
 
@@ -307,3 +308,19 @@ def test_version() -> None:
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["version"] == windquant.__version__
+
+
+def test_another_state_is_computed_with(whole: Made, tmp_path: Path) -> None:
+    """As recovery makes one: other codes of the scales; and another column order."""
+    tensors = load_file(whole.folder / "model.safetensors")
+    scales = {name: torch.zeros_like(value) for name, value in tensors.items() if name.endswith(".scales")}
+    rewrite(whole.folder, tmp_path / "other", scales.items())
+    model, other = load(whole.folder, dtype=torch.float32), load(tmp_path / "other", dtype=torch.float32)
+    expected = logits(other)
+    assert not torch.allclose(logits(model), expected)
+    module = other.model.layers[0].self_attn.q_proj
+    module.load_state_dict({"order": module.order.flip(0)}, strict=False)
+    turned = logits(other)
+    assert not torch.allclose(turned, expected), "k_proj and v_proj read by the same order"
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model), turned)

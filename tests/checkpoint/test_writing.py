@@ -1,5 +1,6 @@
 """The files are laid out before the tensors come, and are what safetensors and transformers would write."""
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.checkpoint.making import Made
-from windquant import checkpoint, sources, streaming
+from windquant import checkpoint, models, sources, streaming
 from windquant.checkpoint import writing
 from windquant.errors import WindquantError
 from windquant.header import DTYPES, Entry, lay_out, put, tensors as read
@@ -81,3 +82,9 @@ def test_what_did_not_come_is_a_callers_bug(whole: Made, tmp_path: Path, part: s
     del (packed if part == "linear" else others)[-1]
     with pytest.raises(ValueError, match="is missing"):
         checkpoint.write(tmp_path, whole.model, whole.layouts, packed, others, whole.plan, whole.source)
+
+
+def test_every_file_that_may_hold_a_vocabulary_travels_with_the_checkpoint() -> None:
+    for pattern in models.TOKENIZERS:
+        name = pattern.replace("*", "name")
+        assert any(fnmatch.fnmatch(name, kept) for kept in writing.COMPANIONS), pattern

@@ -1,5 +1,6 @@
 """A packed model whose linears run on the kernels: the logits of decoded weights, token by token or at once."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,17 @@ def test_tensors_that_move_or_change_their_dtype_are_found_again(model: Any, dev
 def test_saved_again_it_is_the_same(made: Made, model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (made.folder / "model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_a_copy_reads_its_own_tensors(model: Any, device: torch.device) -> None:
+    module = packed(model)[0]
+    x = torch.randn(1, module.in_features, device=device, dtype=torch.float16)
+    expected = module(x)
+    copied = copy.deepcopy(model)
+    for name in module.tensors:
+        if name in ("codes", "scales", "row_scales"):
+            module.get_buffer(name).zero_()
+    twin = packed(copied)[0]
+    assert twin.fused is not module.fused
+    assert torch.equal(twin(x), expected)
