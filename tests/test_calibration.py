@@ -204,7 +204,9 @@ def test_a_file_without_blank_lines_has_one_document_a_line(
     tiny_model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "lines.txt"
-    path.write_text(text_file.read_text().replace("\n\n", "\n"))
+    path.write_text(
+        "\n\n" + text_file.read_text().strip().replace("\n\n", "\n") + "\n\n"
+    )  # at the ends they say nothing
     made = make(tiny_model_folder, tmp_path / "made", "--source", "file", "--path", str(path))
     entries = json.loads((made / "info.json").read_text())["splits"]
     assert len(entries["test"]["documents"]) > 30
@@ -232,6 +234,17 @@ def test_rows_are_joined_as_for_wikitext(tiny_model_folder: Path, text_file: Pat
     assert made.test.flatten().tolist() == expected[: len(expected) // 128 * 128]
     assert made.test_name == "wiki.test"
     assert not list(made.folder.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("source", ["file", "rows"])
+def test_test_text_may_be_jsonl(tiny_model_folder: Path, text_file: Path, tmp_path: Path, source: str) -> None:
+    path = tmp_path / "other.jsonl"
+    rows = [f"The quiet harbour of town {number} is near the library." for number in range(60)]
+    path.write_text("".join(json.dumps({"id": 3, "text": row}) + "\n" for row in rows))
+    flags = ("--source", "file", "--path", str(text_file), "--test-source", source, "--test-path", str(path))
+    made = calibration.load(make(tiny_model_folder, tmp_path / "made", *flags))
+    expected = models.load_tokenizer(tiny_model_folder)("\n\n".join(rows)).input_ids
+    assert made.test.flatten().tolist() == expected[: len(expected) // 128 * 128]
 
 
 def test_test_text_may_come_from_another_file(tiny_model_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -26,9 +26,12 @@ def test_a_limit_of_the_user_counts_where_it_is_less(monkeypatch: pytest.MonkeyP
     assert memory.fits(1.01e6, 1.1 * float(memory_for(1e6)) * memory.GIB)
     monkeypatch.setenv(memory.LIMIT, "1e9")
     assert memory.total() <= MACHINE
-    monkeypatch.setenv(memory.LIMIT, "16GB")
-    with pytest.raises(WindquantError, match=r"WINDQUANT_MEMORY=16GB: not a number of GiB"):
-        memory.total()
+    monkeypatch.setenv(memory.LIMIT, "inf")
+    assert memory.total() <= MACHINE
+    for wrong in ("16GB", "-1", "0", "nan"):
+        monkeypatch.setenv(memory.LIMIT, wrong)
+        with pytest.raises(WindquantError, match=f"WINDQUANT_MEMORY={wrong}: not a number of GiB"):
+            memory.total()
 
 
 KEEPING = """

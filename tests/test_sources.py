@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -118,6 +119,37 @@ def test_no_network_fails_at_once_with_the_remedy(tmp_path: Path, capsys: pytest
     line = refused(tmp_path, capsys, "--source", "hub", "--id", "meta-llama/Llama-2-7b-hf")
     for word in ("models.mine.id", "meta-llama/Llama-2-7b-hf", "hf auth login", "models.mine.path"):
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"),
+            ("doesn't exist", "hf auth"),
+        ),
+        (datasets.exceptions.DataFilesNotFoundError("No supported data files found"), ("No supported data", "see")),
+        (ValueError('Unknown split "trian"'), ("Unknown split",)),
+    ],
+)
+def test_what_datasets_raises_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: tuple[str, ...]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(WindquantError, match=r"^calibration\.dataset: ") as caught:
+        sources.hub_rows("calibration.dataset", "a/b", "", "train", ("text",), "or name another one; see the docs")
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_column_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", None], "messages": [[{"role": "user"}], []]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert sources.hub_rows("calibration.dataset", "a/b", "", "train", ("text",), "") == ["a", ""]
+    with pytest.raises(WindquantError, match=r"calibration\.dataset: the column messages of a/b holds no text"):
+        sources.hub_rows("calibration.dataset", "a/b", "", "train", ("text", "messages"), "")
 
 
 class Hub(BaseHTTPRequestHandler):

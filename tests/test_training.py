@@ -55,3 +55,22 @@ def test_schedule_warms_up_and_falls_to_zero() -> None:
     assert 0 < rates[-1] < 0.001
     assert max(rates) > 0.99
     assert schedule(0, 1, 0) == 1
+
+
+def test_parameters_that_nothing_reaches_do_not_stop_a_resumption(tmp_path: Path) -> None:
+    """The norms of a tower for pictures, say."""
+
+    def training_of(steps: int) -> training.Training:
+        used, idle = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+        found = training.Training(Tuning(40, 0.1, 0.1, 1), {}, {"used": used, "idle": idle}, tmp_path)
+        while len(found.curve) < steps:
+            found.begin()
+            used.grad = torch.ones(2)
+            found.step(1.0)
+        return found
+
+    first, resumed = training_of(training.SAVE_EVERY), training_of(0)
+    assert len(resumed.curve) == training.SAVE_EVERY
+    for name, value in first.parameters.items():
+        assert torch.equal(resumed.parameters[name], value)
+    assert (first.parameters["norm:idle"] == 1).all()

@@ -1,6 +1,7 @@
 """Zero-shot: the records made from articles, lm-eval's scores against our own, local files in the Hub's columns."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from windquant import calibration, compute, memory, models, step, streaming
 from windquant.articles import Article
 from windquant.decoder import decoder_layers
 from windquant.errors import WindquantError
-from windquant.evaluation import local, zero_shot
+from windquant.evaluation import local, tasks, zero_shot
 from windquant.evaluation.perplexity import token_losses
 from windquant.evaluation.tasks import cloze_records, next_sentence_records, sentences
 
@@ -69,6 +70,18 @@ def test_next_sentence_has_one_true_choice_and_no_telling_position(articles: lis
 def test_articles_without_sentences_give_no_records() -> None:
     assert cloze_records([Article("A", ["no sentence here"]), Article("B", [])], 5) == []
     assert next_sentence_records([Article("A", ["One. Two. Three."])], 5) == []
+
+
+def test_records_come_from_enough_articles_and_none_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def article(number: int) -> Article:
+        lines = [f"Sentence {n} of story {number} tells what the people of the valley did in spring." for n in range(4)]
+        return Article(f"{number}", [" ".join(lines)])
+
+    articles = [article(number) for number in range(60)]
+    assert len({record["title"] for record in next_sentence_records(articles, 1000)}) == 60
+    monkeypatch.setattr(tasks, "ENOUGH", 10 * len(articles[0].text))
+    assert len({record["title"] for record in next_sentence_records(articles, 1000)}) == 11
+    assert next_sentence_records(articles, 0) == cloze_records(articles, 0) == []
 
 
 # -- scores
@@ -254,6 +267,19 @@ def test_wrong_keys_are_named(
     assert not (tmp_path / "x.json").exists()
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert all(word in line for word in words), line
+
+
+def test_a_tokenizer_that_begins_no_text_is_refused(
+    tiny_model_folder: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {key: value for key, value in settings.items() if key not in ("bos_token", "eos_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        evaluate(folder, artifact, tmp_path / "x.json", "--tasks", "cloze")
+    assert "neither BOS nor EOS" in capsys.readouterr().err
+    assert evaluate(folder, artifact, tmp_path / "x.json", "--tasks", "") == {}
 
 
 def test_missing_records_are_named(tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

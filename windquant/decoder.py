@@ -63,6 +63,11 @@ def check_share(model: nn.Module) -> None:
                 f"{type(model).__name__}: its decoder layers share {name}: WINDQuant quantizes no such model; give one "
                 "whose layers have weights of their own"
             )
+    if isinstance(model, PreTrainedModel) and vars(model.config.get_text_config()).get("num_kv_shared_layers"):
+        raise WindquantError(
+            f"{type(model).__name__}: some of its decoder layers read the keys and values of others "
+            "(num_kv_shared_layers), so they cannot be computed one by one: WINDQuant quantizes no such model"
+        )
     linears = {f"{name}.weight" for name in _linears(layers)}
     sizes = {name: weight.numel() for name, weight in layers.named_parameters() if weight.dim() > 1}
     whole = sum(sizes.values())
@@ -132,6 +137,11 @@ def embed(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Call]]:
 
     with _forwards(layers, [record] * len(layers)):
         _backbone(model)(input_ids=ids, use_cache=False)
+    if first[0].dim() != 3:
+        raise WindquantError(
+            f"{type(model).__name__}: its decoder layers hand on tensors of {tuple(first[0].shape)}, not one state a "
+            "token: WINDQuant quantizes no such model"
+        )
     return first[0], calls
 
 

@@ -5,7 +5,7 @@ every page that was touched counts as the process's memory.
 """
 
 import tempfile
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from io import BufferedRandom
 from pathlib import Path
@@ -114,6 +114,6 @@ def same(one: object, other: object) -> bool:
         return one is other or (one.dtype == other.dtype and torch.equal(one, other))
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):
         return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return isinstance(one, bool | int | float | str | None) and one == other

@@ -6,6 +6,7 @@ has, not how much is free just now, so that a machine does the same every time, 
 """
 
 import ctypes
+import math
 import os
 import sys
 from pathlib import Path
@@ -56,9 +57,12 @@ def total() -> int:
             found = min(found, int(text))
     if text := os.environ.get(LIMIT, ""):
         try:
-            found = min(found, round(float(text) * GIB))
+            asked = float(text)
         except ValueError:
-            raise WindquantError(f"{LIMIT}={text}: not a number of GiB, e.g. {LIMIT}=16") from None
+            asked = math.nan
+        if not asked > 0:
+            raise WindquantError(f"{LIMIT}={text}: not a number of GiB, e.g. {LIMIT}=16")
+        found = round(min(found, asked * GIB))
     return found
 
 

@@ -125,8 +125,8 @@ def describe(model: str, text: str | None) -> tuple[str, dict[str, Any]]:
             f"{', '.join(ready)}"
         )
     if text is None and entry["source"] == "folder":
-        text = "articles"
-    if text == "articles":
+        entry = {**WITHOUT_HUB, **entry}  # an entry of the configuration may have texts of its own
+    elif text == "articles":
         entry |= WITHOUT_HUB
     elif text == "hub":  # what all models share: a ready one may have texts of its own
         entry = {key: value for key, value in entry.items() if key not in WITHOUT_HUB}

@@ -176,6 +176,9 @@ def hub_rows(key: str, repository: str, subset: str, split: str, columns: tuple[
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise WindquantError(f"{key}: {repository} has no column {missing[0]}; it has {', '.join(rows.column_names)}")
+    for column in columns:
+        if not all(isinstance(value, str | None) for value in rows[column]):
+            raise WindquantError(f"{key}: the column {column} of {repository} holds no text; name one that does")
     return ["\n".join(filter(None, parts)) for parts in zip(*(rows[column] for column in columns), strict=True)]
 
 
@@ -215,6 +218,12 @@ def _ask(key: str, kind: str, repository: str, revision: str, remedy: str, call:
         raise WindquantError(f"{key}: {repository}: {error}") from error
     except Exception as error:
         if not _is_connection(error):
+            if isinstance(error, errors.HfHubHTTPError) or type(error).__module__.startswith("datasets."):
+                said = str(error).strip().partition("\n")[0]
+                raise WindquantError(
+                    f"{key}: the Hub does not give {repository} ({said}); check the name at {page}, log in with "
+                    f"`hf auth login`, {remedy}"
+                ) from error
             raise
         raise WindquantError(
             f"{key}: {repository} is not on this machine and the Hub cannot be reached; connect (a gated repository "

@@ -66,10 +66,15 @@ def split_texts(settings: "Settings") -> Splits:
             )
             name = settings.test_subset or settings.test_dataset.rpartition("/")[2]
         case _:
-            path = texts.existing("calibration.test_path", settings.test_path)
-            text, name = texts.read_text("calibration.test_path", path), path.stem
-            # The Hub's WikiText-2 keeps the line break of a row, except in empty ones.
-            rows = [line if line.strip() else "" for line in text.splitlines(True)] if test_source == "rows" else [text]
+            key = "calibration.test_path"
+            path = texts.existing(key, settings.test_path)
+            name = path.stem
+            if path.suffix == ".jsonl":
+                rows = texts.json_rows(key, path, settings.test_columns)
+            elif test_source == "rows":  # the Hub's WikiText-2 keeps the line break of a row, except in empty ones
+                rows = [line if line.strip() else "" for line in texts.read_text(key, path).splitlines(True)]
+            else:
+                rows = [texts.read_text(key, path)]
     return Splits({**documents, "test": [Article(name, ["\n\n".join(rows)])], "tasks": []}, name)
 
 

@@ -31,15 +31,10 @@ def documents(settings: "Settings") -> list[Article]:
             )
             return [Article(f"row {index}", [row]) for index, row in enumerate(unique(rows))]
     path = existing("calibration.path", settings.path)
-    text = read_text("calibration.path", path)
     if path.suffix == ".jsonl":
-        # line feeds alone: JSON strings may hold other line separators as they are (U+2028)
-        texts = [
-            _row_text(line, number, path, settings.columns)
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
+        texts = json_rows("calibration.path", path, settings.columns)
     else:
+        text = read_text("calibration.path", path).strip()
         parts = re.split(r"\n\s*\n", text)
         texts = [part.strip() for part in (parts if len(parts) > 1 else text.splitlines())]
     return [Article(f"document {index}", [text]) for index, text in enumerate(unique(texts), 1)]
@@ -55,14 +50,21 @@ def wikipedia() -> list[Article]:
         return articles.read_dump(sources.fetch(sources.ARTICLES, Path(scratch)))
 
 
-def _row_text(line: str, number: int, path: Path, columns: tuple[str, ...]) -> str:
+def json_rows(key: str, path: Path, columns: tuple[str, ...]) -> list[str]:
+    """The text of every line of a .jsonl file: its "text", or the columns, joined by a line break."""
+    # line feeds alone: JSON strings may hold other line separators as they are (U+2028)
+    lines = enumerate(read_text(key, path).split("\n"), 1)
+    return [_row_text(key, line, number, path, columns) for number, line in lines if line.strip()]
+
+
+def _row_text(key: str, line: str, number: int, path: Path, columns: tuple[str, ...]) -> str:
     try:
         row = json.loads(line)
         parts = [row["text"]] if "text" in row else [row[column] for column in columns]
         return "\n".join(str(part) for part in parts if part is not None)
     except (ValueError, KeyError, TypeError) as error:
         raise WindquantError(
-            f"calibration.path: line {number} of {path} is no JSON object with a text or the columns "
+            f"{key}: line {number} of {path} is no JSON object with a text or the columns "
             f"{', '.join(columns)} ({error!r})"
         ) from error
 

@@ -75,8 +75,9 @@ class Training:
         for name, value in self.parameters.items():
             value.data.copy_(tensors[f"value:{name}"])
             self.best[name].copy_(tensors[f"best:{name}"])
-            moments = {key: tensors[f"{key}:{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[value] = {"step": tensors[f"step:{name}"], **moments}  # Adam counts on the CPU
+            if f"step:{name}" in tensors:  # no text reaches the norms of a tower for pictures
+                moments = {key: tensors[f"{key}:{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[value] = {"step": tensors[f"step:{name}"], **moments}  # Adam counts on the CPU
 
 
 def _recent(curve: list[float]) -> float:

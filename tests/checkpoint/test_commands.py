@@ -1,7 +1,9 @@
 """`python -m windquant`: inspect, generate, and what they say of bad input."""
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +48,23 @@ def test_generate_continues_the_text(whole: Made, capsys: pytest.CaptureFixture[
         texts.append(capsys.readouterr().out)
         assert texts[-1].startswith("w7 w9")
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_whatever_the_tokenizer_and_the_generation_say(
+    whole: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "other"))
+    for name, change in (
+        ("tokenizer_config.json", {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}),
+        ("generation_config.json", {"num_beams": 4}),
+    ):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | change))
+    texts = []
+    for one in (whole.folder, folder):
+        assert main(["generate", str(one), "w7 w9", "--tokens", "5"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 def test_generate_ends_where_the_model_does(whole: Made, capsys: pytest.CaptureFixture[str]) -> None:

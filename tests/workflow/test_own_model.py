@@ -152,6 +152,15 @@ def test_a_dry_run_shows_the_chain_and_paths_are_absolute(folder: Path, tiny_mod
     assert not (folder / "dry").exists()
 
 
+def test_an_entry_of_the_configuration_keeps_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"calibration": {"source": "file", "path": "mine.txt"}, "evaluation": {"tasks": [], "windows": 64}}
+    models = {"own": {"source": "folder", "path": "x", **texts}, "bare": {"source": "folder", "path": "x"}}
+    monkeypatch.setattr(own_model.configuration, "load", lambda _: {"models": models})
+    assert own_model.describe("own", None)[1] == models["own"]
+    assert own_model.describe("bare", None)[1] == models["bare"] | own_model.WITHOUT_HUB
+    assert own_model.describe("own", "articles")[1] == models["own"] | own_model.WITHOUT_HUB
+
+
 def test_a_ready_model_keeps_its_settings() -> None:
     name, entry = own_model.describe("smollm2-135m", None)
     assert (name, entry["source"], entry["units"]["chunk"]) == ("smollm2-135m", "embedded", 192)

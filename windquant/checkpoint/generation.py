@@ -51,7 +51,9 @@ def generate(folder: Path, text: str, tokens: int, temperature: float = 0.0, see
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.generate(
-        **inputs,
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.get("attention_mask"),
+        num_beams=1,  # tokens are shown as they come
         max_new_tokens=min(tokens, room),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

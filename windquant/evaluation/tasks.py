@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice, zip_longest
+from itertools import accumulate, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ PLAIN = re.compile(r"[A-Z][A-Za-z0-9 ,;:'’\-–()%$]*[.]")  # one sentence, no
 WORD = re.compile(r"[a-z]{4,}|[A-Z][a-z]{3,}")
 SHORTEST, LONGEST = 60, 200  # characters of a sentence in a task
 CONTEXT = 280  # characters of context to aim for
+ENOUGH = 500_000  # characters of articles: every sentence is compared with all others
 
 
 def sentences(paragraph: str) -> list[str]:
@@ -45,7 +46,8 @@ def cloze_records(articles: Sequence[Article], count: int) -> list[Record]:
 
 
 def next_sentence_records(articles: Sequence[Article], count: int) -> list[Record]:
-    """At most `count` records {"context", "choices" (4), "label", "title"}, drawn evenly from the articles."""
+    """At most `count` records {"context", "choices" (4), "label", "title"}, drawn evenly from the first articles."""
+    articles = _enough(articles)
     pool = [
         (article.title, sentence)
         for article in articles
@@ -56,8 +58,16 @@ def next_sentence_records(articles: Sequence[Article], count: int) -> list[Recor
     return _draw([_next_sentence(article, pool) for article in articles], count)
 
 
+def _enough(articles: Sequence[Article]) -> Sequence[Article]:
+    """The first articles, ENOUGH characters of them, or all."""
+    ends = accumulate(len(article.text) for article in articles)
+    return articles[: sum(end <= ENOUGH for end in ends) + 1]
+
+
 def _draw(makers: Sequence[Iterator[Record]], count: int) -> list[Record]:
     """One record of every article in turn; which ones depends on their text alone, not on a seed."""
+    if count == 0:
+        return []
     piles = [sorted(maker, key=lambda record: _digest(record["context"])) for maker in makers]
     turns = (record for turn in zip_longest(*piles) for record in turn if record is not None)
     return list(islice(turns, count))

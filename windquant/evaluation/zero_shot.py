@@ -54,6 +54,11 @@ def run(task: step.Task, settings: Settings) -> None:
         loaded = load_tasks(files, Path(scratch))  # before the model: an unknown task shows at once
         model, batch = load(task.inputs["checkpoint"], settings.device, settings.dtype, settings.batch_size)
         tokenizer = models.load_tokenizer(task.inputs["checkpoint"])
+        if loaded and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise WindquantError(
+                f"evaluation.tasks: the tokenizer of {task.inputs['checkpoint']} has neither BOS nor EOS, one of which "
+                "lm-eval begins texts with; set evaluation.tasks: []"
+            )
         results = compute.with_smaller_batches(
             batch, lambda batch: evaluate(model, tokenizer, loaded, settings.limit, batch, task.progress)
         )
