@@ -125,16 +125,10 @@ def test_layers_that_depend_on_others_are_refused() -> None:
     with pytest.raises(WindquantError, match=r"read the keys and values of others"):
         check_share(model)
 
-    class Wide(nn.Module):
-        """As many hidden states a token as Gemma 3n."""
-
-        def forward(self, hidden: Tensor) -> Tensor:
-            wide: Tensor = model.base_model.layers[0](hidden.expand(4, *hidden.shape))
-            return wide
-
+    wide = family("llama")
+    wide.model.embed_tokens.register_forward_hook(lambda module, args, out: out.expand(4, *out.shape))
     with pytest.raises(WindquantError, match=r"hand on tensors of \(4, 1, 2, 48\), not one state a token"):
-        model.model.embed_tokens.register_forward_hook(lambda module, args, out: out.expand(4, *out.shape))
-        embed(model, torch.tensor([[1, 2]]))
+        embed(wide, torch.tensor([[1, 2]]))
 
 
 def test_forwards_come_back_after_an_error() -> None:
