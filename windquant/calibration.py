@@ -47,7 +47,7 @@ class Settings:
     recovery_length: Length = 512  # tokens of a recovery window
     # "same" holds out a part of `source`; "rows" is a file with one row a line, joined like the Hub's WikiText-2
     test_source: Literal["same", "articles", "hub", "file", "rows"] = "same"  # perplexity's text (same: of source)
-    test_path: str = ""  # text file (test_source file, or rows: one row a line)
+    test_path: str = ""  # text file (test_source file, or rows: one row a line); .jsonl: one row a line
     test_dataset: str = "Salesforce/wikitext"  # on the Hub (test_source hub)
     test_subset: str = "wikitext-2-raw-v1"  # of the data set (test_source hub)
     test_split: str = "test"  # of the data set (test_source hub)
