@@ -1,6 +1,6 @@
 """What the presets of the settings stand for, without importing torch: the estimate asks too."""
 
-#: Distillation steps. On two cores of an EPYC a step of the embedded model takes 1.2 seconds.
+#: Distillation steps. On two cores of an EPYC a step of the embedded model takes 1.2 to 2 seconds.
 RECOVERY_STEPS = {"light": 80, "standard": 400, "full": 2000}
 #: Tokens of the calibration set that plans are quantized with when they are compared.
 CONFIRM_TOKENS = 4096

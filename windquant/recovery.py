@@ -39,7 +39,7 @@ PASSES = 2  # through the text, beyond which recovery learns it by heart (docs/d
 
 @dataclass(frozen=True)
 class Settings:
-    preset: Literal["light", "standard", "full"] = "light"  # 80, 400, 2000 steps; an EPYC takes 2, 9, 45 minutes
+    preset: Literal["light", "standard", "full"] = "light"  # 80, 400, 2000 steps; an EPYC takes 4, 18, about 80 minutes
     # Layer by layer takes the memory of one, and more time; what is recovered is the same
     scope: Literal["auto", "model", "layers"] = "auto"  # what is in memory; auto: the whole model where it fits
     steps: Natural | None = None  # distillation steps of one window each; none: the preset's; 0: the model stays
