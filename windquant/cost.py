@@ -63,7 +63,7 @@ def cpu(cores: int, found: Processor | None = None) -> Machine:
     )
 
 
-#: What each core reaches in the steps, of the fastest products of one core alone (an EPYC of the fourth generation).
+#: Share of one core's fastest products that each core reaches in the steps: fitted to one main job, on an EPYC.
 REACHED = 0.8
 
 
