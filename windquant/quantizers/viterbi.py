@@ -9,9 +9,12 @@ the best of them is found once:
     best'[g] = min_t cost[2^k' g + t]
 
 The work per value is O(2^L) whatever k is. Table and `best` are put in the order in which these two lines, taken
-together, go through them, so that vectors are read as they lie and no cost is ever stored. A stream runs down the rows
-of *one* column, so that error feedback keeps its full strength: a column is finished before the next one is corrected.
-Streams begin anew every `tile` rows, so that tiles can be searched (and later decoded) in parallel.
+together, go through them, so that vectors are read as they lie and no cost is ever stored. Nor are the choices: the
+best of every place are kept, and on the way back the few costs are computed again that the path chose from.
+
+A stream runs down the rows of *one* column, so that error feedback keeps its full strength: a column is finished before
+the next one is corrected. Streams begin anew every `tile` rows, so that tiles can be searched (and later decoded) in
+parallel.
 
 A stream is a ring: the state before its beginning is the one at its end. So no start state is stored, and the first
 rows have as much choice as the others. As in QTIP, a first search (here of the rows around the seam alone) finds that
@@ -34,7 +37,7 @@ if "+avx512f" in (features := config.CPU_FEATURES or codegen.get_host_cpu_featur
     config.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
-@numba.njit(boundscheck=False, inline="always")
+@numba.njit(boundscheck=False, forceinline=True)
 def _stage(
     bits: int,
     following: int,
@@ -44,13 +47,12 @@ def _stage(
     table: NDArray[np.float32],
     best: NDArray[np.float32],
     ordered: NDArray[np.float32],
-    came: NDArray[np.uint8],
+    after: NDArray[np.float32],
 ) -> None:
     """One place of the search: from its best costs to those of the next place, whose codes have `following` bits.
 
     With g = 2^k' h + t: ordered[t][h] = best[g], table[t][b][h] is that of the state 2^(L-k) b + g. Inlined with
-    constant bounds (they are constants of the closure in `_compiled`): only then does LLVM vectorize it; and as a
-    global function it leaves the closure nothing that numba cannot cache.
+    constant bounds: only then does LLVM vectorize it.
     """
     branches, oldest, parts = 1 << bits, 1 << following, 1 << (window - bits - following)
     for h in range(parts):
@@ -60,18 +62,73 @@ def _stage(
         for h in range(parts):
             error = value - table[b * parts + h]
             lowest = ordered[h] + weight * (error * error)
-            source = np.uint8(0)
             for t in range(1, oldest):
                 error = value - table[(t * branches + b) * parts + h]
                 cost = ordered[t * parts + h] + weight * (error * error)
                 if cost < lowest:
                     lowest = cost
-                    source = np.uint8(t)
-            best[b * parts + h] = lowest
-            came[b * parts + h] = source
+            after[b * parts + h] = lowest
 
 
-@numba.njit(boundscheck=False, inline="always")
+@numba.njit(boundscheck=False, forceinline=True)
+def _any_stage(
+    bits: int,
+    following: int,
+    window: int,
+    value: np.float32,
+    weight: np.float32,
+    table: NDArray[np.float32],
+    best: NDArray[np.float32],
+    ordered: NDArray[np.float32],
+    after: NDArray[np.float32],
+) -> None:
+    """`_stage` of any two numbers of bits that can follow each other, 1 to 4 each and at most one apart."""
+    if bits == 1:
+        if following == 1:
+            _stage(1, 1, window, value, weight, table, best, ordered, after)
+        else:
+            _stage(1, 2, window, value, weight, table, best, ordered, after)
+    elif bits == 2:
+        if following == 1:
+            _stage(2, 1, window, value, weight, table, best, ordered, after)
+        elif following == 2:
+            _stage(2, 2, window, value, weight, table, best, ordered, after)
+        else:
+            _stage(2, 3, window, value, weight, table, best, ordered, after)
+    elif bits == 3:
+        if following == 2:
+            _stage(3, 2, window, value, weight, table, best, ordered, after)
+        elif following == 3:
+            _stage(3, 3, window, value, weight, table, best, ordered, after)
+        else:
+            _stage(3, 4, window, value, weight, table, best, ordered, after)
+    elif following == 3:
+        _stage(4, 3, window, value, weight, table, best, ordered, after)
+    else:
+        _stage(4, 4, window, value, weight, table, best, ordered, after)
+
+
+@numba.njit(boundscheck=False, forceinline=True)
+def _chosen(
+    first: int,
+    count: int,
+    groups: int,
+    value: np.float32,
+    weight: np.float32,
+    table: NDArray[np.float32],
+    best: NDArray[np.float32],
+) -> int:
+    """The state that costs least, of `count` ones from `first` on: what `_stage` has taken the best of."""
+    state, lowest = first, np.float32(np.inf)
+    for candidate in range(first, first + count):
+        error = value - table[candidate]
+        cost = best[candidate % groups] + weight * (error * error)
+        if cost < lowest:
+            state, lowest = candidate, cost
+    return state
+
+
+@numba.njit(boundscheck=False, forceinline=True)
 def _search(
     even: int,
     odd: int,
@@ -83,7 +140,6 @@ def _search(
     after_odd: NDArray[np.float32],
     codes: NDArray[np.uint8],
     decoded: NDArray[np.float32],
-    previous: NDArray[np.uint8],
     best: NDArray[np.float32],
     ordered: NDArray[np.float32],
     begin: int,
@@ -92,57 +148,60 @@ def _search(
 ) -> int:
     """The best path of one stream: its codes and decoded values.
 
-    begin, end: states before the first place and at the last one, -1 where any will do. Returns the state before place
-    `asked`.
+    begin, end: states before the first place and at the last one, -1 where any will do; best: [places + 1, groups] to
+    work in. Returns the state before place `asked`.
     """
     last = len(values) - 1
     if begin < 0:
-        best[:] = 0
-        previous[0] = 0
+        best[0] = 0
     else:
-        best[:] = np.inf
-        best[begin >> even] = 0
-        previous[0] = begin & ((1 << even) - 1)
-    for place in range(last):
-        value, weight, came = values[place], weights[place], previous[place + 1]
+        best[0] = np.inf
+        best[0, begin >> even] = 0
+    for place in range(last + (end < 0)):
+        bits, following, ordered_table = even, odd, after_even
         if place & 1:
-            _stage(odd, even, window, value, weight, after_odd, best, ordered, came)
-        else:
-            _stage(even, odd, window, value, weight, after_even, best, ordered, came)
-    groups = 1 << (window - (odd if last & 1 else even))
-    lowest = np.float32(np.inf)
-    state = np.int64(0)
-    for candidate in range(1 << window):
-        error = values[last] - table[candidate]
-        cost = best[candidate % groups] + weights[last] * (error * error)
-        if cost < lowest:
-            state, lowest = np.int64(candidate), cost
-    if end >= 0:
-        state = np.int64(end)
-    found = np.int64(0)
+            bits, following, ordered_table = odd, even, after_odd
+        _any_stage(
+            bits, following, window, values[place], weights[place], ordered_table, best[place], ordered, best[place + 1]
+        )
+    # a state's group at the place behind it are its newest bits, all but the oldest ones
+    state = end
+    if end < 0:
+        bits, following = (odd, even) if last & 1 else (even, odd)
+        group = int(np.argmin(best[last + 1, : 1 << window - following]))
+        state = _chosen(
+            group << following, 1 << following, 1 << window - bits, values[last], weights[last], table, best[last]
+        )
+    found = 0
     for place in range(last, -1, -1):
-        bits = odd if place & 1 else even
-        groups = 1 << (window - bits)
-        codes[place] = state // groups
+        bits, before = (odd, even) if place & 1 else (even, odd)
+        codes[place] = state >> window - bits
         decoded[place] = table[state]
-        group = state % groups
-        state = (group << bits) + np.int64(previous[place, group])
+        first = (state & (1 << window - bits) - 1) << bits
+        if place:
+            state = _chosen(
+                first, 1 << bits, 1 << window - before, values[place - 1], weights[place - 1], table, best[place - 1]
+            )
+        else:
+            state = first if begin < 0 else first + (begin & (1 << bits) - 1)
         if place == asked:
             found = state
-    return int(found)
+    return found
 
 
-@lru_cache(maxsize=16)
-def _compiled(even: int, odd: int, window: int) -> Callable[..., None]:
+@lru_cache(maxsize=4)
+def _compiled(window: int) -> Callable[..., None]:
     """Quantizes one stream, the rows from `start` to `stop`, of all columns; the other arguments are those of
     `quantize`, and the arrays that it returns.
 
-    It runs without Python's lock, so that threads search several streams. (Numba's own loops in parallel do the same,
-    and take twice as long to compile.)
+    One function for all widths: it compiles in a third of the time that one for each takes. It runs without Python's
+    lock, so that threads search several streams. (Numba's own loops in parallel do the same, and take twice as long to
+    compile.)
     """
-    states = 1 << window
 
     def stream(
+        even: int,
+        odd: int,
         columns: NDArray[np.float32],
         scales: NDArray[np.float32],
         weights: NDArray[np.float32],
@@ -168,9 +227,8 @@ def _compiled(even: int, odd: int, window: int) -> Callable[..., None]:
         heed = np.concatenate((weights[stop - side : stop], weights[start : start + side]))
         around_codes = np.empty(2 * side, np.uint8)
         around_decoded = np.empty(2 * side, np.float32)
-        previous = np.empty((max(length, 2 * side), states >> min(even, odd)), np.uint8)
-        best = np.empty(states, np.float32)
-        ordered = np.empty(states, np.float32)
+        best = np.empty((max(length, 2 * side) + 1, 1 << window - min(even, odd)), np.float32)
+        ordered = np.empty(1 << window, np.float32)
         for i in range(width):
             column = columns[i, start:stop]
             out = decoded[i, start:stop]
@@ -186,8 +244,8 @@ def _compiled(even: int, odd: int, window: int) -> Callable[..., None]:
                     around[side:] = normal[:side]
                     given, counted, chosen, reached, asked = around, heed, around_codes, around_decoded, side
                 begin = _search(
-                    even, odd, window, given, counted, table, after_even, after_odd, chosen, reached, previous,
-                    best, ordered, begin, end, asked,
+                    even, odd, window, given, counted, table, after_even, after_odd, chosen, reached, best, ordered,
+                    begin, end, asked,
                 )  # fmt: skip
                 end = begin
             error = errors[i, start:stop]
@@ -203,7 +261,7 @@ def _compiled(even: int, odd: int, window: int) -> Callable[..., None]:
 
     # Numba names a function's global data after it. Variants of one name, some compiled and some from the cache, would
     # share that name and then fail.
-    stream.__name__ = stream.__qualname__ = f"stream_{even}_{odd}_{window}"
+    stream.__name__ = stream.__qualname__ = f"stream_{window}"
     return cast(Callable[..., None], numba.njit(cache=True, nogil=True, boundscheck=False)(stream))
 
 
@@ -233,13 +291,14 @@ def quantize(
     after_odd = np.ascontiguousarray(table.reshape(states >> even, 1 << even).T).reshape(states)
     codes = np.empty(columns.shape, np.uint8)
     decoded, errors = np.empty_like(columns), np.empty_like(columns)
-    stream = _compiled(even, odd, states.bit_length() - 1)
+    stream = _compiled(states.bit_length() - 1)
 
     def search(start: int) -> None:
         stop = min(rows, start + tile)
         stream(
-            columns, scales, weights, feedback, table, after_even, after_odd, seam, start, stop, codes, decoded, errors
-        )
+            even, odd, columns, scales, weights, feedback, table, after_even, after_odd, seam, start, stop, codes,
+            decoded, errors,
+        )  # fmt: skip
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(search, range(0, rows, tile)))
