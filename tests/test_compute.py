@@ -1,8 +1,9 @@
-"""GPUs are taken by one step at a time, and a batch that does not fit is tried again smaller."""
+"""GPUs are taken by one step at a time, a batch that does not fit is tried again smaller, and threads take turns."""
 
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from windquant.evaluation.perplexity import token_losses
 
 TAKE = """
 import sys
+import threading
 from pathlib import Path
 from windquant import compute, gpus
 print(compute.claim(["0", "1"], Path(sys.argv[1])), flush=True)
@@ -114,3 +116,40 @@ def test_the_way_of_products_is_put_back(monkeypatch: pytest.MonkeyPatch) -> Non
     with compute.products_by_onednn(rounded=True):
         assert precision() == "bf16"
     assert precision() == before
+
+
+def test_of_threads_in_turns_one_computes_at_a_time() -> None:
+    computing, most = 0, 0
+    waiting = threading.Barrier(3, timeout=60)
+
+    def work(number: int, factor: int) -> int:
+        nonlocal computing, most
+        computing += 1
+        most = max(most, computing)
+        assert not torch.is_grad_enabled()
+        torch.randn(200, 200) @ torch.randn(200, 200)  # lets other threads of Python run
+        computing -= 1
+        with compute.aside():
+            waiting.wait()  # is passed by three together only
+        return number * factor
+
+    assert list(compute.in_turns(work, range(6), range(10, 16), most=3)) == [0, 11, 24, 39, 56, 75]
+    assert most == 1
+
+
+def test_an_error_in_turns_is_raised_and_nobody_waits_for_ever() -> None:
+    def work(number: int) -> int:
+        with compute.aside():
+            if number == 1:
+                raise KeyError(number)
+        return number
+
+    found = compute.in_turns(work, range(4), most=2)
+    assert next(found) == 0
+    with pytest.raises(KeyError):
+        next(found)
+
+
+def test_aside_of_no_turn_is_nothing() -> None:
+    with compute.aside():
+        pass

@@ -41,7 +41,7 @@ def test_packages_are_compared_with_the_lock(tmp_path: Path) -> None:
 
 def test_doctor_and_estimate_tell_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
     estimate.main(["smollm2-135m"])
-    total = capsys.readouterr().out.splitlines()[-1].split()[1]
+    total = capsys.readouterr().out.splitlines()[-1].split()[-5]
     minutes, seconds = map(int, total.split(":"))
     found = {finding.what: finding.said for finding in doctor.fitting(1e12, 1e12, True, on_gpu=False)}
     assert found["smollm2-135m"].endswith(f", {minutes + seconds / 60:.0f} minutes")

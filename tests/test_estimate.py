@@ -89,7 +89,24 @@ def test_a_70b_model_is_counted_without_its_weights() -> None:
 @pytest.mark.parametrize(("found", "step"), [(found, step) for found, steps in MEASURED.items() for step in steps])
 def test_the_embedded_models_times_are_near_what_was_measured(found: Processor, step: str) -> None:
     need = cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2, found))[step]
-    assert 1 / 1.5 < need.seconds / MEASURED[found][step] < 1.5
+    assert 1 / 1.5 < need.seconds / need.beside / MEASURED[found][step] < 1.5, "an evaluation had all cores"
+
+
+def test_evaluations_run_side_by_side_where_their_memory_is_there() -> None:
+    machine = cost.cpu(2, FAST)
+
+    def asked(room: float, cores: int = 2) -> cost.Need:
+        some = dataclasses.replace(machine, room=room, beside=min(cores, 2))
+        return cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, some)["perplexity"]
+
+    alone, paired = asked(1e12, 1), asked(1e12)
+    enough = 2 * cost.asked(paired.memory)
+    assert (alone.beside, paired.beside) == (1, 2)
+    assert asked(enough) == paired
+    assert asked(0.99 * enough) == alone
+    assert paired.memory == alone.memory
+    assert paired.seconds - machine.start == pytest.approx(2 * (alone.seconds - machine.start))
+    assert cost.seconds({"zero_shot": paired}) < cost.seconds({"zero_shot": alone}), "two start at once"
 
 
 def test_without_fast_bfloat16_steps_take_longer_and_plans_more_memory() -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from windquant.progress import Progress, duration, line
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
@@ -88,23 +90,51 @@ def test_reports_are_rare_and_end_with_the_end(monkeypatch: pytest.MonkeyPatch) 
     assert 3 <= len(seen) <= 10
 
 
-def test_a_step_behind_a_pipe_shows_its_bar_on_snakemakes_terminal(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    code = "from windquant.progress import Progress\nimport time\n"
-    code += "for _ in Progress(range(4), label='bank', interval=0.1): time.sleep(0.3)"
+def on_a_terminal(folder: Path, code: str) -> bytes:
+    """What a step shows on Snakemake's terminal; its own output goes into the file `log` of the folder."""
     process, terminal = pty.fork()
     if process == 0:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-        os.execve(sys.executable, [sys.executable, "-c", code], {**os.environ, "WINDQUANT_TERMINAL": "yes"})
+        os.chdir(folder)
+        os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 2)
+        environment = {**os.environ, "WINDQUANT_TERMINAL": "yes", "PYTHONPATH": str(ROOT)}
+        os.execve(sys.executable, [sys.executable, "-c", code], environment)
     termios.tcsetwinsize(terminal, (24, 100))
     shown = b""
     while part := read(terminal):
         shown += part
     assert os.waitpid(process, 0)[1] == 0
+    return shown
+
+
+def test_a_step_behind_a_pipe_shows_its_bar_on_snakemakes_terminal(tmp_path: Path) -> None:
+    code = "from windquant.progress import Progress\nimport time\n"
+    code += "for _ in Progress(range(4), label='bank', interval=0.1): time.sleep(0.3)"
+    shown = on_a_terminal(tmp_path, code)
     assert b"bank:" in shown
     assert b"| 3/4 [" in shown
-    (line,) = log.read_text().splitlines()  # more would come through the pipe, into the middle of the bar
+    # more lines would come through the pipe, into the middle of the bar
+    (line,) = (tmp_path / "log").read_text().splitlines()
     assert line.startswith("bank: 4/4 (100 %), 0:0")
+
+
+ROWS = """
+from windquant.progress import Progress
+import subprocess, sys
+if len(sys.argv) > 1:
+    with Progress(total=4, label=sys.argv[1]) as bar: bar.update(4)
+else:
+    with Progress(total=4, label="above") as bar:
+        subprocess.run([sys.executable, "-c", open("rows.py").read(), "below"], check=True)
+    subprocess.run([sys.executable, "-c", open("rows.py").read(), "later"], check=True)
+"""
+
+
+def test_steps_side_by_side_have_a_row_each(tmp_path: Path) -> None:
+    (tmp_path / "rows.py").write_text(ROWS)
+    shown = on_a_terminal(tmp_path, ROWS)
+    assert b"\n\rbelow: " in shown.replace(b"\r\n", b"\n"), "below the first one's row"
+    assert b"\nabove: " not in shown.replace(b"\r", b"")
+    assert b"\nlater: " not in shown.replace(b"\r", b""), "the first row is free again"
 
 
 def read(terminal: int) -> bytes:

@@ -4,8 +4,10 @@ import fcntl
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,7 @@ from windquant.errors import WindquantError
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 _held: list[IO[str]] = []  # locks of GPUs, open for the life of the process
+_own = threading.local()  # `turn`: the lock of a thread that computes in turns
 
 
 @cache
@@ -117,6 +120,36 @@ def threads(count: int) -> Iterator[int]:
         yield before
     finally:
         torch.set_num_threads(before)
+
+
+def in_turns(work: Callable[..., T], *items: Iterable[object], most: int) -> Iterator[T]:
+    """`map(work, *items)` in up to `most` threads, of which one computes at a time, but for what it does `aside`.
+
+    Without gradients.
+    """
+    turn = threading.Lock()
+
+    def run(*item: object) -> T:
+        with turn, torch.no_grad():
+            _own.turn = turn
+            return work(*item)
+
+    with ThreadPoolExecutor(most) as pool:
+        yield from pool.map(run, *items)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Others may have their turn: this thread only waits for compiled code."""
+    turn: threading.Lock | None = getattr(_own, "turn", None)
+    if turn is None:
+        yield
+        return
+    turn.release()
+    try:
+        yield
+    finally:
+        turn.acquire()
 
 
 def with_smaller_batches(batch: int, compute: Callable[[int], T]) -> T:

@@ -34,6 +34,7 @@ class Machine:
     memory: float  # bytes of a process before it has a model
     room: float  # bytes of memory that it has: what a step does with a model that is too large for it depends on that
     computing: int = 2  # bytes of a number where plans are measured
+    beside: int = 1  # evaluations that run side by side, each on its share of the cores
 
 
 #: What two cores do a second, fitted to main jobs (docs/performance.md): operations of FP32 products, of those that may
@@ -60,6 +61,7 @@ def cpu(cores: int, found: Processor | None = None) -> Machine:
         memory=0.55 * GIB,
         room=memory.total(),
         computing=2 if found.fast_bfloat16 else 4,
+        beside=min(cores, 2),
     )
 
 
@@ -101,6 +103,7 @@ class Need:
     gpu: float  # bytes, of the GPU; 0 without one
     disk: float  # bytes that it leaves; temporary ones included
     streamed: bool = False  # whether it goes layer by layer because the whole model has no place in memory
+    beside: int = 1  # how many such jobs run at once
 
 
 def needs(shape: Shape, settings: Settings, bits: float, machine: Machine, on_gpu: bool = False) -> dict[str, Need]:
@@ -127,8 +130,13 @@ TIMES = {"perplexity": 2}
 
 
 def seconds(wanted: Mapping[str, Need]) -> float:
-    """Of a whole result, one step after another."""
-    return sum(TIMES.get(step, 1) * need.seconds for step, need in wanted.items())
+    """Of a whole result: one step after another, but for the evaluations."""
+    return sum(TIMES.get(step, 1) * need.seconds / need.beside for step, need in wanted.items())
+
+
+def asked(held: float) -> float:
+    """Bytes that the job of a step asks for which takes `held`: with room, and a cluster's Snakemake that starts it."""
+    return 1.25 * held + GIB / 2
 
 
 class Costs:
@@ -313,17 +321,25 @@ class Costs:
         s = self.shape
         # hidden states of the text, and the logits of one window twice
         held = FLOAT * s.hidden * self.tested + 2 * FLOAT * self.settings["calibration"]["context"] * s.vocabulary
-        loading = self.decoding if packed else self.reading
-        return self.need(self.tested * (self.token + self.head) / self.machine.products + loading, self.resident + held)
+        work = self.tested * (self.token + self.head) / self.machine.products
+        decoding, reading = (self.decoding, 0.0) if packed else (0.0, self.reading)
+        return self.evaluation(work + decoding, reading, self.resident + held)
 
     def zero_shot(self, packed: bool) -> Need:
         """All tasks; each is a job of its own. In batches of 8, or of 32 where each of them reads the model."""
         jobs = len(self.settings["evaluation"]["tasks"])
         whole = self.fits(self.whole)
         batches = 0 if whole else self.answered / (32 * 100)
-        loading = max(jobs, batches) * self.decoding if packed else batches * self.reading
         held = (self.whole + (self.packed if packed else 0)) if whole else self.resident
         logits = (8 if whole else 32) * 512 * FLOAT * self.shape.vocabulary
-        starting = (jobs - 1) * self.machine.start
-        seconds = starting + self.answered * (self.token + self.head) / self.machine.fast
-        return self.need(seconds + loading, held + logits, streamed=not whole)
+        work = self.answered * (self.token + self.head) / self.machine.fast
+        decoding, reading = (max(jobs, batches) * self.decoding, 0.0) if packed else (0.0, batches * self.reading)
+        waiting = (jobs - 1) * self.machine.start + reading
+        return self.evaluation(work + decoding, waiting, held + logits, streamed=not whole)
+
+    def evaluation(self, work: float, waiting: float, held: float, streamed: bool = False) -> Need:
+        """Side by side with others where their memory is there: of the seconds, `work` would be that of all cores."""
+        beside = self.machine.beside
+        while beside * asked(self.machine.memory + held) > self.machine.room and beside > 1:
+            beside -= 1
+        return replace(self.need(beside * work + waiting, held, streamed=streamed), beside=beside)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from windquant import configuration, control_groups, memory, naming, own_model, validation
-from windquant.cost import TIMES, Need, Settings, cpu, gpu, needs, seconds, this
+from windquant.cost import TIMES, Need, Settings, asked, cpu, gpu, needs, seconds, this
 from windquant.errors import WindquantError
 from windquant.progress import duration
 from windquant.shape import UNKNOWN, Shape, known, read
@@ -27,15 +27,16 @@ ROOT = Path(__file__).resolve().parents[1]
 def resources(resolved: Settings, step: str, bits: float, cores: int, on_gpu: bool, attempt: int) -> dict[str, int]:
     """`mem_mb`, `runtime` (minutes) and `disk_mb` to ask a scheduler for, with room; more at every attempt.
 
-    Where the model's configuration is not there yet, what a model of about a billion parameters would need.
+    `beside` is how many such jobs this machine runs at once, each on its share of the cores. Where the model's
+    configuration is not there yet, what a model of about a billion parameters would need.
     """
     shape = known(resolved["model"]) or UNKNOWN
     need = needs(shape, resolved, bits, gpu(cores) if on_gpu else cpu(cores), on_gpu)[step]
     return {
-        # a job of a cluster is the step and the Snakemake that starts it
-        "mem_mb": round(attempt * (1.25 * need.memory / 2**20 + 512)),
+        "mem_mb": round(attempt * asked(need.memory) / 2**20),
         "runtime": round(attempt * (3 * need.seconds / 60 + 10)),
         "disk_mb": round(1.1 * need.disk / 2**20) + 16,
+        "beside": need.beside,
     }
 
 
@@ -141,7 +142,9 @@ def table(wanted: Mapping[str, Need], on_gpu: bool) -> str:
         rows.append([*cells, *([_size(need.gpu)] if on_gpu else []), _size(need.disk)])
     most = max(need.memory for need in wanted.values())
     disk = sum(need.disk for need in wanted.values())
-    rows.append(["sum", duration(seconds(wanted)), _size(most), *([_size(most)] if on_gpu else []), _size(disk)])
+    beside = max(need.beside for need in wanted.values())
+    total = "sum" if beside == 1 else f"sum, {beside} evaluations at once"
+    rows.append([total, duration(seconds(wanted)), _size(most), *([_size(most)] if on_gpu else []), _size(disk)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(pairs))

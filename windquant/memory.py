@@ -24,9 +24,9 @@ SEARCH = 2  # times the computing type's: weights and noise
 RECOVERY = 14  # the student decoded, in slots, and scaled, which its gradients need; those of a layer
 
 #: Of mallopt (malloc.h): from how many bytes on a block is the system's own (M_MMAP_THRESHOLD), how many freed ones at
-#: the heap's end go back (M_TRIM_THRESHOLD), and how many it grows by (M_TOP_PAD). Older versions of glibc refuse more
-#: than 32 MiB for the first.
-KEPT = {-3: 32 << 20, -1: 512 << 20, -2: 64 << 20}
+#: the heap's end go back (M_TRIM_THRESHOLD), how many it grows by (M_TOP_PAD), and that all threads share one heap
+#: (M_ARENA_MAX): what one has freed serves the next. Older versions of glibc refuse more than 32 MiB for the first.
+KEPT = {-3: 32 << 20, -1: 512 << 20, -2: 64 << 20, -8: 1}
 
 #: Beside a control group's limit stands what is used of it.
 USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}

@@ -1,10 +1,13 @@
 """Progress with the remaining time: a bar on a terminal, one line a minute elsewhere (a Snakemake log).
 
 The output of Snakemake's steps goes through a pipe into their logs. Where Snakemake itself runs on a terminal it says
-so in TERMINAL: then the bar goes there past the pipe, and only its last state is a line in the log.
+so in TERMINAL: then the bar goes there past the pipe, and only its last state is a line in the log. Steps that run side
+by side have a row each.
 """
 
 import contextlib
+import fcntl
+import itertools
 import math
 import os
 import sys
@@ -17,6 +20,7 @@ from typing import Generic, Self, TextIO, TypeVar
 T = TypeVar("T")
 REPORT_SECONDS = 5.0
 TERMINAL = "WINDQUANT_TERMINAL"  # environment: set where the steps' Snakemake runs on a terminal
+ROWS = Path(".cache") / "rows"  # a file for every row of that terminal, locked as long as a bar is there
 
 
 class Progress(Generic[T]):
@@ -43,6 +47,7 @@ class Progress(Generic[T]):
         self.start = self._last = time.monotonic()
         self._closed = False
         self._bar = None
+        self._row = contextlib.ExitStack()
         self._lines = not self.stream.isatty()
         self._terminal = _terminal() if self._lines and stream is None else None
         screen = self._terminal if self._lines else self.stream
@@ -50,7 +55,14 @@ class Progress(Generic[T]):
             from tqdm import tqdm  # here: light steps show nothing and need not pay for it
 
             passing = self._terminal is not None  # the last line stays, the bar does not
-            self._bar = tqdm(total=self.total, desc=label or None, file=screen, dynamic_ncols=True, leave=not passing)
+            self._bar = tqdm(
+                total=self.total,
+                desc=label or None,
+                file=screen,
+                dynamic_ncols=True,
+                leave=not passing,
+                position=self._row.enter_context(_row()) if passing else None,
+            )
 
     def __iter__(self) -> Iterator[T]:
         if self.iterable is None:
@@ -80,6 +92,7 @@ class Progress(Generic[T]):
         self._tell()
         if self._bar is not None:
             self._bar.close()
+        self._row.close()
         if self._terminal is not None:
             self._terminal.close()
         if self._lines:
@@ -127,6 +140,23 @@ def _terminal() -> TextIO | None:
         with contextlib.suppress(OSError):
             return Path("/dev/tty").open("w")
     return None
+
+
+@contextlib.contextmanager
+def _row() -> Iterator[int]:
+    """The first row below the output that no other step's bar has."""
+    with contextlib.ExitStack() as stack:
+        for row in itertools.count():
+            try:
+                ROWS.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((ROWS / str(row)).open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            except OSError:  # no place for locks: bars may write over each other
+                row = 0
+            break
+        yield row
 
 
 def _length(iterable: object) -> int | None:

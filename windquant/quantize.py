@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from windquant import calibration, checkpoint, compute, decoder, step, streaming
+from windquant import calibration, checkpoint, compute, decoder, kernels, step, streaming
 from windquant.errors import WindquantError
 from windquant.feedback import column_order, quantize_linear
 from windquant.packed import Layout
 from windquant.plan import Plan
+from windquant.quantizers.trellis import TILE
 from windquant.settings import Count, Natural
 from windquant.statistics import Covariance, Flow, Statistics, owners
 from windquant.units import Linear, chunk_widths, protected_count
@@ -105,26 +106,37 @@ def quantized_linears(
     }
     tokens, folder = batch * texts[0].shape[1], scratch or Path(tempfile.gettempdir())
     flows = [Flow(model, ids, max(1, tokens // ids.shape[1]), folder) for ids in texts if len(ids)]
+    most = abreast(linears, decoder.device_of(model))
+
+    def quantized(linear: Linear, covariance: Tensor) -> tuple[str, dict[str, Tensor]]:
+        weight = model.get_parameter(f"{linear.name}.weight")
+        order, layout, fisher = orders[linear.group], layouts[linear.name], statistics.fisher[linear.name]
+        tensors, decoded = quantize_linear(weight.float(), order, covariance, layout, fisher)
+        weight.copy_(decoded)
+        return linear.name, tensors
+
     for index, layer in streaming.walk(model):
         covariance = Covariance(owners(linears, index, prefix))
         for flow in flows:
             flow.look(layer, index, covariance.names, covariance.see)
         matrices = covariance.means()
-        for linear in linears:
-            if linear.layer != index:
-                continue
-            weight = model.get_parameter(f"{linear.name}.weight")
-            tensors, decoded = quantize_linear(
-                weight.float(),
-                orders[linear.group],
-                matrices[linear.group],
-                layouts[linear.name],
-                statistics.fisher[linear.name],
-            )
-            weight.copy_(decoded)
-            yield linear.name, tensors
+
+        here = [linear for linear in linears if linear.layer == index]
+        given = (matrices[linear.group] for linear in here)
+        yield from compute.in_turns(quantized, here, given, most=most)
         for flow in (*flows, *along) if index + 1 < len(layers) else along:
             flow.through(layer, index)
+
+
+def abreast(linears: list[Linear], device: torch.device) -> int:
+    """How many linears are quantized side by side, so that every processor has about two streams of the trellis.
+
+    One, where these are many, as each takes memory, and where a GPU searches.
+    """
+    if kernels.quantize_on(device):
+        return 1
+    streams = max(-(-linear.rows // TILE) for linear in linears)
+    return 1 + 2 * torch.get_num_threads() // streams
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.workflow.conftest import ROOT, Snakemake
+from windquant import control_groups
 
 CHAIN = {
     "model": 1,
@@ -57,6 +58,29 @@ def test_every_ready_model_has_a_chain(folder: Path, snakemake: Snakemake) -> No
     tasks = sum(len(entry.get("evaluation", config["evaluation"])["tasks"]) for entry in models.values())
     chains = {name: count * len(models) for name, count in CHAIN.items()}
     assert planned(done.stdout) == chains | {"zero_shot_original": tasks, "zero_shot": tasks}
+
+
+@pytest.mark.parametrize(
+    ("cores", "gib", "perplexity", "zero_shot"),
+    [(1, "64", 1, 1), (2, "64", 1, 1), (2, "5", 1, 2), (1000, "64", 1000, 1000)],
+)
+def test_evaluations_share_the_cores_where_two_have_the_memory(
+    folder: Path,
+    snakemake: Snakemake,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    gib: str,
+    perplexity: int,
+    zero_shot: int,
+) -> None:
+    if cores == 2 and control_groups.cores() < 2:
+        pytest.skip("a single core")
+    monkeypatch.setenv("WINDQUANT_MEMORY", gib)
+    done = snakemake(folder, "-np", "--cores", str(cores), "results/smollm2-135m_2.0bits.json")
+    found = set(re.findall(r"python -m windquant\.(\S+) .* --threads (\d+)", done.stdout))
+    expected = {"evaluation.perplexity": perplexity, "evaluation.zero_shot": zero_shot}
+    assert {name for name, _ in found} > expected.keys()
+    assert found == {(name, str(expected.get(name, cores))) for name, _ in found}
 
 
 def test_several_jobs_share_a_bank(folder: Path, snakemake: Snakemake) -> None:

@@ -31,6 +31,8 @@ import numpy as np
 from numba.core import codegen
 from numpy.typing import NDArray
 
+from windquant import compute
+
 # LLVM spares Intel's processors half the width of their vectors. With all of it the search takes a quarter less time.
 config: Any = numba.config
 if "+avx512f" in (features := config.CPU_FEATURES or codegen.get_host_cpu_features()):
@@ -300,6 +302,6 @@ def quantize(
             decoded, errors,
         )  # fmt: skip
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, compute.aside():
         list(pool.map(search, range(0, rows, tile)))
     return codes, decoded, errors

@@ -29,6 +29,7 @@ from windquant import (
     estimate,
     gpus,
     local_files,
+    memory,
     naming,
     progress,
     tracking_store,
@@ -57,6 +58,10 @@ def one_line(function):
 
     return wrapped
 
+
+# Jobs side by side have to fit into the memory together.
+if "mem_mb" not in workflow.global_resources and workflow.local_exec:
+    workflow.global_resources["mem_mb"] = one_line(memory.total)() >> 20
 
 SCHEMA = one_line(configuration.load)(ROOT / "workflow" / "schemas" / "config.schema.yaml")
 CONFIG = one_line(validation.validate)(configuration.overruled(config, workflow.config_settings.config), SCHEMA)
@@ -180,3 +185,16 @@ def ask(step, resource):
         return found[resource]
 
     return asked
+
+
+def share(step):
+    """Threads of an evaluation. Where two fit into the memory they run side by side: the start of one, which takes a
+    single core, leaves the others to the other one.
+    """
+
+    def threads(wildcards):
+        # of a container that has less than the cores that Snakemake gives out, each would take all
+        alone = not workflow.local_exec or CORES < ALL_CORES
+        return ALL_CORES if alone else max(1, ALL_CORES // ask(step, "beside")(wildcards, 1))
+
+    return threads

@@ -16,7 +16,7 @@ rule perplexity_original:
         "logs/perplexity/{model}.original.benchmark.jsonl"
     conda:
         "../envs/windquant.yaml"
-    threads: ALL_CORES
+    threads: share("perplexity_original")
     resources:
         mem_mb=ask("perplexity_original", "mem_mb"),
         runtime=ask("perplexity_original", "runtime"),
@@ -50,6 +50,7 @@ use rule perplexity_original as perplexity with:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.log",
     benchmark:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
+    threads: share("perplexity")
     resources:
         mem_mb=ask("perplexity", "mem_mb"),
         runtime=ask("perplexity", "runtime"),

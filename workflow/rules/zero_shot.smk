@@ -18,7 +18,7 @@ rule zero_shot_original:
         "logs/zero_shot/{model}.original.{task}.benchmark.jsonl"
     conda:
         "../envs/windquant.yaml"
-    threads: ALL_CORES
+    threads: share("zero_shot_original")
     resources:
         mem_mb=ask("zero_shot_original", "mem_mb"),
         runtime=ask("zero_shot_original", "runtime"),
@@ -54,6 +54,7 @@ use rule zero_shot_original as zero_shot with:
         "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.{task}.log",
     benchmark:
         "logs/zero_shot/{model}_{bits}bits.{allocator}.{stage}.{task}.benchmark.jsonl"
+    threads: share("zero_shot")
     resources:
         mem_mb=ask("zero_shot", "mem_mb"),
         runtime=ask("zero_shot", "runtime"),
