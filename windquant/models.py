@@ -8,8 +8,9 @@ Only safetensors and GGUF are read, never pickles; remote code is never trusted;
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +89,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """
     arguments = {"gguf_file": file.name, "local_files_only": True}
     try:
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that ignores transformers' setting
+        # Standard error: a bar that ignores transformers' setting.
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()), _read_once():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
@@ -99,6 +101,24 @@ def convert_gguf(file: Path, folder: Path) -> None:
     with _quiet():
         model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers parses a GGUF file for the tokenizer, the configuration and the weights, seconds each, and makes a
+    table of names for every part of the model.
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = {name: getattr(gguf, name) for name in names}
+    try:
+        for name, made in before.items():
+            setattr(gguf, name, cache(made))
+        yield
+    finally:
+        for name, made in before.items():
+            setattr(gguf, name, made)
 
 
 def check_folder(folder: Path) -> int:

@@ -46,14 +46,14 @@ def rows(entry: Mapping[str, Any], sizes: Mapping[str, int]) -> list[tuple[str, 
 
 
 def times(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(step, minutes:seconds, peak memory) of every step and the total."""
+    """(step, minutes:seconds, peak memory) of every step and the sum."""
     memory = entry["peak_memory_bytes"]
     table = [
         (step, duration(seconds), f"{max(memory[step].values()) / 1e9:.1f} GB")
         for step, seconds in entry["seconds"].items()
     ]
     peak = max(max(values.values()) for values in memory.values())
-    return [*table, ("total", duration(sum(entry["seconds"].values())), f"{peak / 1e9:.1f} GB")]
+    return [*table, ("sum", duration(sum(entry["seconds"].values())), f"{peak / 1e9:.1f} GB")]
 
 
 def interface() -> str:

@@ -18,7 +18,7 @@ def test_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert "accuracy, cloze 50.0% 37.5% ± 4.0%" in lines
     assert "effective bits per weight 16 1.9950" in lines
     assert "checkpoint size (original: FP16) 0.8 MB 0.2 MB" in lines
-    assert any(line.startswith("total 0:0") for line in lines)
+    assert any(line.startswith("sum 0:0") for line in lines)
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in output
     assert "\x1b" not in output  # no colours in a pipe
     assert max(map(len, output.splitlines())) <= 120

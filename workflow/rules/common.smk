@@ -193,8 +193,9 @@ def share(step):
     """
 
     def threads(wildcards):
-        # of a container that has less than the cores that Snakemake gives out, each would take all
-        alone = not workflow.local_exec or CORES < ALL_CORES
+        # a job on a node has it for itself; of a container that has less than the cores that Snakemake gives out, each
+        # would take all
+        alone = not workflow.local_exec or workflow.remote_exec or CORES < ALL_CORES
         return ALL_CORES if alone else max(1, ALL_CORES // ask(step, "beside")(wildcards, 1))
 
     return threads

@@ -17,6 +17,7 @@ rule perplexity_original:
     conda:
         "../envs/windquant.yaml"
     threads: share("perplexity_original")
+    priority: 1  # before the zero-shot tasks, which are shorter: so both cores are busy to the end
     resources:
         mem_mb=ask("perplexity_original", "mem_mb"),
         runtime=ask("perplexity_original", "runtime"),
@@ -51,6 +52,7 @@ use rule perplexity_original as perplexity with:
     benchmark:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
     threads: share("perplexity")
+    priority: 1
     resources:
         mem_mb=ask("perplexity", "mem_mb"),
         runtime=ask("perplexity", "runtime"),

@@ -19,6 +19,7 @@ rule recovery:
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
+    priority: 2  # before the perplexity of what it recovers, beside which a core would wait
     resources:
         mem_mb=ask("recovery", "mem_mb"),
         runtime=ask("recovery", "runtime"),
