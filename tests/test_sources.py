@@ -299,6 +299,23 @@ def test_embedded_gguf_becomes_the_same_model(
     assert notes["origin"].startswith("pypi:wqtestdata==1.0")
 
 
+def test_a_gguf_file_is_parsed_once(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf as library
+
+    parsed: list[str] = []
+
+    class Reader(library.GGUFReader):  # type: ignore[misc]  # of a library without types
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    gguf(tmp_path / "tiny.gguf", tiny_model_folder)
+    monkeypatch.setattr(library, "GGUFReader", Reader)
+    models.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "one")
+    assert len(parsed) == 1
+    assert library.GGUFReader is Reader, "another conversion reads its file anew"
+
+
 def test_damaged_gguf_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x00" * 40)
