@@ -112,10 +112,12 @@ def test_quantize_holds_no_more_of_what_it_has_made(
     prepared = prepare(tmp_path, deep(tmp_path / "model", layers))
     uniform(prepared, "scalar-3").save(tmp_path / "plan.json")
     monkeypatch.setattr(quantize, "quantize_linear", made)
+    monkeypatch.setattr(quantize, "abreast", lambda linears, device: 2)
     monkeypatch.setattr(streaming.Source, "parameter", lambda *given: watched("other", parameter(*given)))
     inputs = prepared.inputs("model", "calibration", "statistics", plan=tmp_path / "plan.json")
     run(quantize, tmp_path / "packed", inputs)
-    assert most == {"linear": 2, "other": 2}, "the last one and this, whatever the depth"
+    assert most["linear"] in (2, 3), "the last one and those side by side, whatever the depth"
+    assert most["other"] == 2, "the last one and this"
     assert not any(alive.values())
 
 

@@ -6,8 +6,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -125,7 +126,7 @@ def threads(count: int) -> Iterator[int]:
 def in_turns(work: Callable[..., T], *items: Iterable[object], most: int) -> Iterator[T]:
     """`map(work, *items)` in up to `most` threads, of which one computes at a time, but for what it does `aside`.
 
-    Without gradients.
+    Without gradients, and no more than `most` items ahead of who takes the results.
     """
     turn = threading.Lock()
 
@@ -135,7 +136,13 @@ def in_turns(work: Callable[..., T], *items: Iterable[object], most: int) -> Ite
             return work(*item)
 
     with ThreadPoolExecutor(most) as pool:
-        yield from pool.map(run, *items)
+        ahead: deque[Future[T]] = deque()
+        for item in zip(*items, strict=True):
+            if len(ahead) == most:
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(run, *item))
+        while ahead:
+            yield ahead.popleft().result()
 
 
 @contextmanager
