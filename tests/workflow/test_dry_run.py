@@ -73,8 +73,8 @@ def test_evaluations_share_the_cores_where_two_have_the_memory(
     perplexity: int,
     zero_shot: int,
 ) -> None:
-    if cores == 2 and control_groups.cores() < 2:
-        pytest.skip("a single core")
+    if cores > control_groups.cores():  # more than there are: each evaluation runs alone
+        perplexity = zero_shot = cores
     monkeypatch.setenv("WINDQUANT_MEMORY", gib)
     done = snakemake(folder, "-np", "--cores", str(cores), "results/smollm2-135m_2.0bits.json")
     found = set(re.findall(r"python -m windquant\.(\S+) .* --threads (\d+)", done.stdout))

@@ -84,7 +84,10 @@ def _any_stage(
     ordered: NDArray[np.float32],
     after: NDArray[np.float32],
 ) -> None:
-    """`_stage` of any two numbers of bits that can follow each other, 1 to 4 each and at most one apart."""
+    """`_stage` of any two numbers of bits that can follow each other, 1 to 4 each and at most one apart.
+
+    Spelled out, because the bounds in each have to be constants.
+    """
     if bits == 1:
         if following == 1:
             _stage(1, 1, window, value, weight, table, best, ordered, after)
