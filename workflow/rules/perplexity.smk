@@ -14,10 +14,10 @@ rule perplexity_original:
         "logs/perplexity/{model}.original.log",
     benchmark:
         "logs/perplexity/{model}.original.benchmark.jsonl"
+    priority: 1  # before the zero-shot tasks, which are shorter: so both cores are busy to the end
     conda:
         "../envs/windquant.yaml"
     threads: share("perplexity_original")
-    priority: 1  # before the zero-shot tasks, which are shorter: so both cores are busy to the end
     resources:
         mem_mb=ask("perplexity_original", "mem_mb"),
         runtime=ask("perplexity_original", "runtime"),
@@ -51,8 +51,8 @@ use rule perplexity_original as perplexity with:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.log",
     benchmark:
         "logs/perplexity/{model}_{bits}bits.{allocator}.{stage}.benchmark.jsonl"
-    threads: share("perplexity")
     priority: 1
+    threads: share("perplexity")
     resources:
         mem_mb=ask("perplexity", "mem_mb"),
         runtime=ask("perplexity", "runtime"),

@@ -16,10 +16,10 @@ rule recovery:
         "logs/recovery/{model}_{bits}bits.{allocator}.log",
     benchmark:
         "logs/recovery/{model}_{bits}bits.{allocator}.benchmark.jsonl"
+    priority: 2  # before the perplexity of what it recovers, beside which a core would wait
     conda:
         "../envs/windquant.yaml"
     threads: ALL_CORES
-    priority: 2  # before the perplexity of what it recovers, beside which a core would wait
     resources:
         mem_mb=ask("recovery", "mem_mb"),
         runtime=ask("recovery", "runtime"),
