@@ -164,7 +164,7 @@ def test_the_batch_does_not_matter(prepared: Prepared) -> None:
 
 
 def test_covariances_are_those_of_all_texts(prepared: Prepared, made: Path, tmp_path: Path) -> None:
-    """Texts may have any length; recovery's is asked for by its windows."""
+    """Texts may have any length; calibration's and recovery's are asked for by their windows."""
     statistics, texts = Statistics.load(prepared.statistics), calibration.load(prepared.calibration)
     one, other = texts.calibration.long(), texts.recovery.long()
     layouts = layouts_of(uniform(prepared, "scalar-4"), statistics.linears)
@@ -180,8 +180,9 @@ def test_covariances_are_those_of_all_texts(prepared: Prepared, made: Path, tmp_
     assert same.min() > 0.95 > less.max()
     assert more.max() < 0.95
 
-    packed = checkpoint.read(quantized(prepared, mixed(prepared), tmp_path / "more", "--recovery-windows", "4"))
-    given = [one, other[:4]]
+    asked = ("--calibration-windows", "5", "--recovery-windows", "4")
+    packed = checkpoint.read(quantized(prepared, mixed(prepared), tmp_path / "more", *asked))
+    given = [one[:5], other[:4]]
     expected = dict(quantized_linears(models.load(prepared.model), packed.layouts, "saliency", statistics, given, 16))
     before = checkpoint.read(made)
     for name, tensors in expected.items():

@@ -265,9 +265,10 @@ class Costs:
         )
 
     def quantize(self) -> Need:
-        m, text = self.machine, self.settings["calibration"]
-        windows = min(self.settings["quantize"]["recovery_windows"], text["recovery_samples"])
-        tokens = self.calibrated + windows * text["recovery_length"]
+        m, text, taken = self.machine, self.settings["calibration"], self.settings["quantize"]
+        own = min(taken["calibration_windows"] or text["samples"], text["samples"])
+        tokens = own * text["length"]
+        tokens += min(taken["recovery_windows"], text["recovery_samples"]) * text["recovery_length"]
         states = FLOAT * self.shape.hidden * tokens
         return self.need(
             self.searched

@@ -4,8 +4,8 @@
 
 For every decoder layer: one pass of the calibration set for the covariances of its linears' inputs, error feedback for
 each linear (feedback.py), and one pass of the quantized layer for the next layer's inputs. Every layer is read from the
-files once. Covariances of more text are better ones, and take longer: `--recovery-windows` adds text that recovery
-trains on.
+files once. Covariances of more text are better ones, and take longer: `--calibration-windows` takes a part of the
+calibration split, `--recovery-windows` adds text that recovery trains on.
 """
 
 import tempfile
@@ -30,6 +30,7 @@ from windquant.units import Linear, chunk_widths, protected_count
 @dataclass(frozen=True)
 class Settings:
     batch: Count = 16  # calibration samples at a time
+    calibration_windows: Natural = 0  # how many of calibration's windows covariances are taken from (0 = all)
     recovery_windows: Natural = 0  # how many of recovery's windows (at most all) covariances are taken from too
 
 
@@ -38,7 +39,8 @@ def run(task: step.Task, settings: Settings) -> None:
     statistics = Statistics.load(task.inputs["statistics"])
     statistics.check(streaming.open_source(task.inputs["model"]))
     texts = calibration.load(task.inputs["calibration"])
-    given = texts.calibration.long(), texts.recovery[: settings.recovery_windows].long()
+    own = texts.calibration[: settings.calibration_windows or None]
+    given = own.long(), texts.recovery[: settings.recovery_windows].long()
     layouts = layouts_of(plan, statistics.linears)
     if (size := sum(layout.bytes() for layout in layouts.values())) != plan.bytes:
         raise WindquantError(
