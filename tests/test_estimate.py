@@ -20,8 +20,8 @@ EMBEDDED = configuration.resolve(configuration.load(ROOT / "config" / "config.ya
 FAST = Processor("authenticamd", frozenset({"avx2", "avx512f", "avx512_bf16"}))
 WIDE = Processor("genuineintel", frozenset({"avx2", "avx512f"}))
 NARROW = Processor("authenticamd", frozenset({"avx2"}))
-#: Seconds of the main job on two cores (docs/results.md, docs/performance.md): of a Xeon without AMX, all of it quiet,
-#: and of an EPYC of the third generation, the steps that were.
+#: Seconds of the main job on two cores (docs/results.md, docs/performance.md), with all calibration text: of a Xeon
+#: without AMX, all of it quiet, and of an EPYC of the third generation, the steps that were.
 MEASURED = {
     WIDE: {
         "statistics": 47, "bank": 6, "search": 103, "allocation": 163, "quantize": 191, "recovery": 302,
@@ -88,8 +88,20 @@ def test_a_70b_model_is_counted_without_its_weights() -> None:
 
 @pytest.mark.parametrize(("found", "step"), [(found, step) for found, steps in MEASURED.items() for step in steps])
 def test_the_embedded_models_times_are_near_what_was_measured(found: Processor, step: str) -> None:
-    need = cost.needs(shapes.EMBEDDED["smollm2-135m"], EMBEDDED, 2.0, cost.cpu(2, found))[step]
+    settings = {**EMBEDDED, "quantize": {**EMBEDDED["quantize"], "calibration_windows": 0}}
+    need = cost.needs(shapes.EMBEDDED["smollm2-135m"], settings, 2.0, cost.cpu(2, found))[step]
     assert 1 / 1.5 < need.seconds / need.beside / MEASURED[found][step] < 1.5, "an evaluation had all cores"
+
+
+def test_quantize_takes_as_long_as_its_text() -> None:
+    def seconds(windows: int, more: int = 0) -> float:
+        settings = {**EMBEDDED, "quantize": {"calibration_windows": windows, "recovery_windows": more}}
+        return cost.needs(shapes.EMBEDDED["smollm2-135m"], settings, 2.0, cost.cpu(2, FAST))["quantize"].seconds
+
+    assert EMBEDDED["calibration"]["samples"] == 256
+    assert seconds(0) == seconds(256) == seconds(1000) > seconds(128)
+    assert seconds(256) - seconds(128) == pytest.approx(seconds(192) - seconds(64))
+    assert seconds(64, 32) == pytest.approx(seconds(128)), "windows of twice the length"
 
 
 def test_evaluations_run_side_by_side_where_their_memory_is_there() -> None:
