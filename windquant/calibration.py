@@ -68,6 +68,14 @@ class Calibration:
     test: Tensor
     test_name: str  # of the test text, as the results call it
 
+    def measured_and_unseen(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Of the reward split: windows of `tokens` to measure plans on, and the others, a quarter or more, that confirm
+        what a search has found; int64 [n, length]. Raises WindquantError if there is but one window."""
+        if len(self.reward) < 2:
+            raise WindquantError("calibration.reward_samples: ask for 2, one to measure on and one to confirm on")
+        count = max(1, min(tokens // self.reward.shape[1], len(self.reward) * 3 // 4))
+        return self.reward[:count].long(), self.reward[count:].long()
+
 
 def load(folder: Path) -> Calibration:
     """The artifact of this step; WindquantError if it is damaged."""

@@ -249,17 +249,21 @@ class Costs:
         )
 
     def allocation(self) -> Need:
-        """Of a learned plan, which is really quantized, and so is the Lagrangian one."""
+        """Of a learned plan, which is really quantized, and so is the Lagrangian one; half of the linears are alike.
+
+        `evolution` holds what the search holds.
+        """
         m, s = self.machine, self.shape
         rest, held = self.measuring
-        rest += 8 * m.computing * self.settings["calibration"]["reward_length"] * s.vocabulary  # the original's logits
-        tokens = 16 * self.settings["calibration"]["length"]
-        really = self.resident + self.matrices + FLOAT * tokens * (4 * s.intermediate + 7 * s.hidden)
+        text = 8 * self.settings["calibration"]["length"]  # tokens of a batch
+        really = self.resident + self.matrices + self.inside(text) + 2 * FLOAT * s.layer  # and both plans' weights
         return self.need(
-            2 * 3 * self.held_out * (self.token + self.head) / m.fast  # the original and both plans
-            + 2 * (self.searched + 2 * presets.CONFIRM_TOKENS * (self.token + self.covariance) / m.fast)
-            + 2 * self.factors / m.solves,
-            rest + (held / 2 if self.searches else 0) + really,  # of what the search holds, half is noise
+            3 * self.held_out * (self.token + self.head) / m.fast  # the original and both plans
+            + 1.5 * self.searched
+            + presets.CONFIRM_TOKENS * (self.token / m.fast + self.covariance / m.products)
+            + 1.5 * self.factors / m.solves
+            + self.reading,
+            rest + max(held, really),
             100 * self.units,
             not self.searches,
         )

@@ -8,7 +8,7 @@ test channel of rate-distortion theory instead: with relative error q a chunk c 
 where q is the bank's error of the action relative to losing the chunk. Every plan meets the same noise, once as drawn
 and once with the opposite sign: what the loss changes along the noise cancels, and its curvature, which is what a plan
 is about, remains. A search that takes the best of many plans is misled by what the stand-in has wrong, so its winner is
-compared with the Lagrangian plan on other text, both as really quantized models.
+compared with the Lagrangian plan as really quantized models (confirmation.py).
 
 A plan is one walk through the decoder layers, with both signs of the noise in it. Where model and noise do not fit into
 memory, every walk reads the layers from the files and draws their noise again: the same numbers, in a layer's memory.
@@ -26,14 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from windquant import calibration, compute, decoder, memory, models, presets, streaming
+from windquant import calibration, compute, decoder, memory, models, streaming
 from windquant.bank import Bank
-from windquant.divergence import divergence_of
 from windquant.errors import WindquantError
 from windquant.feedback import column_order
-from windquant.flow import Flow, Precision
-from windquant.plan import Plan
-from windquant.quantize import layouts_of, quantized_linears
+from windquant.flow import Flow
 from windquant.statistics import Statistics
 from windquant.units import protected_count
 
@@ -55,12 +52,12 @@ class LossMeter:
         seed: int = 0,
         whole: bool | None = None,
     ) -> None:
-        """`tokens` of the reward split are for `loss_gap`, the rest for `divergences`.
+        """tokens: of the reward split, which plans are measured on.
 
         whole: whether model and noise stay in memory; None: where they fit (memory.py). The losses are the same.
         """
         dtype = torch.bfloat16 if compute.native_bfloat16() else torch.float32
-        self.bank, self.folder = bank, model
+        self.bank = bank
         if whole is None:
             whole = memory.fits(memory.SEARCH * dtype.itemsize * streaming.open_source(model).parameters)
         if whole:
@@ -69,17 +66,11 @@ class LossMeter:
             self.model = streaming.load(model, dtype_name=str(dtype).removeprefix("torch."))
         self.device = decoder.device_of(self.model)
         texts = calibration.load(calibration_set)
-        self.samples = texts.calibration[: max(1, presets.CONFIRM_TOKENS // texts.calibration.shape[1])].long()
         self.statistics = Statistics.load(statistics)
         self.statistics.check(streaming.open_source(model))
         if bank.linears != self.statistics.linears:
             raise WindquantError("--bank: it is not of these statistics; make it again from them")
-        reward = texts.reward.long().to(self.device)
-        if len(reward) < 2:
-            raise WindquantError("calibration.reward_samples: ask for 2, one to measure on and one to confirm on")
-        # a quarter stays unseen, for the confirmation of what the search has found
-        windows = max(1, min(tokens // reward.shape[1], len(reward) * 3 // 4))
-        self.ids, self.other = reward[:windows], reward[windows:]
+        self.ids = texts.measured_and_unseen(tokens)[0].to(self.device)
         self.noise = Noise(seed, self.device, whole)
         self.unit_of = [self._units(index) for index in range(len(bank.linears))]
         self.batch = BATCH
@@ -95,7 +86,7 @@ class LossMeter:
         return compute.with_smaller_batches(self.batch, measured)
 
     def prepare(self) -> None:
-        """What losses are compared with; who only asks for divergences does without."""
+        """What losses are compared with; a search that goes on and finds its measurements recorded does without."""
         if not self.prepared:
             self._fitting(self._prepare)
         self.prepared = True
@@ -104,7 +95,7 @@ class LossMeter:
     def _prepare(self) -> None:
         """The original's loss, every action's relative error, and the noise of every linear, in one walk."""
         self.relative = np.empty_like(self.bank.errors)  # [U, A], in [0, 1]
-        flow = self._flow(self.model, self.ids)
+        flow = self._flow()
         for place, layer in streaming.walk(self.model):
             flow.through(layer, place)
             for index, parameter in self.parameters(place):
@@ -116,7 +107,7 @@ class LossMeter:
                     lost = 0.5 * (fisher @ weight[:, columns].float().square() @ energy[columns]).item()
                     self.relative[unit] = np.clip(self.bank.errors[unit] / max(lost, 1e-30), 0, 1)
                 self.noise.of(index, weight, self.unit_of[index])
-        self.original = self._loss(self.model, flow)
+        self.original = self._loss(flow)
 
     def _units(self, index: int) -> Tensor:
         """The unit of every column of a linear, -1 for protected ones: int64 [columns]."""
@@ -143,11 +134,11 @@ class LossMeter:
 
     @torch.no_grad()
     def _stand_in_loss(self, relative: Tensor) -> float:
-        flows = [self._flow(self.model, self.ids) for _ in SIGNS]
+        flows = [self._flow() for _ in SIGNS]
         for place, layer in streaming.walk(self.model):
             for flow, _ in zip(flows, self.stand_ins(place, relative), strict=True):
                 flow.through(layer, place)
-        return sum(self._loss(self.model, flow) for flow in flows) / len(SIGNS)
+        return sum(self._loss(flow) for flow in flows) / len(SIGNS)
 
     def stand_ins(self, layer: int, relative: Tensor) -> Iterator[int]:
         """Put the stand-in's weights into a layer, for one sign after the other, and at last the original ones.
@@ -169,39 +160,14 @@ class LossMeter:
             for parameter, weight, *_ in parts:
                 parameter.data = weight
 
-    def divergences(self, plans: list[Plan], update: Callable[[int], object]) -> list[float]:
-        """How far plans are from the original on the text that `loss_gap` never sees, once really quantized.
+    def _flow(self) -> Flow:
+        return Flow(self.model, self.ids, self.batch, Path(tempfile.gettempdir()), nullcontext)
 
-        In nats per token: of two texts they tell nearly the same, where losses of single tokens scatter.
-        `update(1)` is called after every linear of every plan.
-        """
-        self.noise.kept.clear()  # its place is needed; `loss_gap` would draw it again
-        return self._fitting(lambda: list(self._divergences(plans, update)))
-
-    @torch.no_grad()
-    def _divergences(self, plans: list[Plan], update: Callable[[int], object]) -> Iterator[float]:
-        exact = self._flow(self.model, self.other)
-        for place, layer in streaming.walk(self.model):
-            exact.through(layer, place)
-        samples = len(self.samples) if self.batch == BATCH else self.batch
-        for plan in plans:
-            model = streaming.load(self.folder)
-            found = self._flow(model, self.other, compute.autocast)
-            layouts = layouts_of(plan, self.statistics.linears)
-            for _ in quantized_linears(
-                model, layouts, plan.units.order, self.statistics, [self.samples], samples, along=[found]
-            ):
-                update(1)
-            yield divergence_of(model, found, self.model, exact, self.other)
-
-    def _flow(self, model: nn.Module, ids: Tensor, precision: Precision = nullcontext) -> Flow:
-        return Flow(model, ids, self.batch, Path(tempfile.gettempdir()), precision)
-
-    def _loss(self, model: nn.Module, flow: Flow) -> float:
+    def _loss(self, flow: Flow) -> float:
         """Mean loss of the hidden states behind the last layer, nats per token."""
         total = 0.0
         for part, hidden in zip(self.ids.split(self.batch), flow.batches(), strict=True):
-            logits = decoder.head(model, part, hidden)[:, :-1]
+            logits = decoder.head(self.model, part, hidden)[:, :-1]
             for some, targets in zip(logits, part[:, 1:], strict=True):
                 total += F.cross_entropy(some.float(), targets, reduction="sum").item()
         return total / self.ids[:, 1:].numel()

@@ -89,45 +89,46 @@ def quantized_linears(
     texts: Sequence[Tensor],
     batch: int,
     scratch: Path | None = None,
-    along: Sequence[Flow] = (),
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The linears one after another, and the stored tensors of each.
 
     The weights of a model in memory are replaced by what the codes stand for. texts: int64 [n, length] each, of which
     the covariances are taken; batch: samples of the first at a time, and as many tokens of the others. scratch: folder
-    for hidden states that do not fit into memory; the system's own for temporary files otherwise. along: hidden states
-    of other texts, which are led through the quantized layers too.
+    for hidden states that do not fit into memory; the system's own for temporary files otherwise.
     """
     prefix, layers = decoder.decoder_layers(model)
     linears = [layout.linear for layout in layouts.values()]
-    orders = {
-        linear.group: column_order(
-            statistics.energy[linear.group], order, layouts[linear.name].format.chunk, layouts[linear.name].protected
-        )
-        for linear in linears
-    }
     tokens, folder = batch * texts[0].shape[1], scratch or Path(tempfile.gettempdir())
     flows = [Flow(model, ids, max(1, tokens // ids.shape[1]), folder) for ids in texts if len(ids)]
-    most = abreast(linears, decoder.device_of(model))
-
-    def quantized(linear: Linear, covariance: Tensor) -> tuple[str, dict[str, Tensor]]:
-        weight = model.get_parameter(f"{linear.name}.weight")
-        order, layout, fisher = orders[linear.group], layouts[linear.name], statistics.fisher[linear.name]
-        tensors, decoded = quantize_linear(weight.float(), order, covariance, layout, fisher)
-        weight.copy_(decoded)
-        return linear.name, tensors
-
     for index, layer in streaming.walk(model):
         covariance = Covariance(owners(linears, index, prefix))
         for flow in flows:
             flow.look(layer, index, covariance.names, covariance.see)
-        matrices = covariance.means()
-
-        here = [linear for linear in linears if linear.layer == index]
-        given = (matrices[linear.group] for linear in here)
-        yield from compute.in_turns(quantized, here, given, most=most)
-        for flow in (*flows, *along) if index + 1 < len(layers) else along:
+        here = [layout for layout in layouts.values() if layout.linear.layer == index]
+        found = quantized(model, here, order, statistics, covariance.means())
+        for layout, (tensors, decoded) in zip(here, found, strict=True):
+            model.get_parameter(f"{layout.linear.name}.weight").copy_(decoded)
+            yield layout.linear.name, tensors
+        for flow in flows if index + 1 < len(layers) else ():
             flow.through(layer, index)
+
+
+def quantized(
+    model: nn.Module, layouts: Sequence[Layout], order: str, statistics: Statistics, covariances: dict[str, Tensor]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Stored tensors and decoded weight of linears of one decoder layer, from the model's weights; in their order.
+
+    covariances: by group. The same linear may be asked for under several layouts.
+    """
+
+    def one(layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
+        linear = layout.linear
+        columns = column_order(statistics.energy[linear.group], order, layout.format.chunk, layout.protected)
+        weight = model.get_parameter(f"{linear.name}.weight").float()
+        return quantize_linear(weight, columns, covariances[linear.group], layout, statistics.fisher[linear.name])
+
+    most = abreast([layout.linear for layout in layouts], decoder.device_of(model))
+    return compute.in_turns(one, layouts, most=most)
 
 
 def abreast(linears: list[Linear], device: torch.device) -> int:
@@ -137,7 +138,7 @@ def abreast(linears: list[Linear], device: torch.device) -> int:
     """
     if kernels.quantize_on(device):
         return 1
-    streams = max(-(-linear.rows // TILE) for linear in linears)
+    streams = max((-(-linear.rows // TILE) for linear in linears), default=1)
     return 1 + 2 * torch.get_num_threads() // streams
 
 

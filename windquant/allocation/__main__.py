@@ -92,18 +92,21 @@ def learned(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[st
             bank.plan(some, allocator=name, target_bits=settings.target_bits, seed=0)
             for name, some in (("lagrangian", baseline), ("ppo", choice))
         ]
-        standard, own = confirmed(task, plans, meter(task, settings, bank))
+        standard, own = confirmed(task, plans, settings.reward_tokens)
         document["confirmed"] = {"lagrangian": standard, "learned": own}
         if not own < standard:
             return baseline, document | {"reason": "the learned plan was not better once it was really quantized"}
     return choice, document | {"chosen": "policy"}
 
 
-def confirmed(task: Task, plans: list[Plan], meter: "LossMeter") -> list[float]:
-    """Divergences of plans that are really quantized, on text that the search has not seen."""
+def confirmed(task: Task, plans: list[Plan], tokens: int) -> list[float]:
+    """Divergences of plans that are really quantized, on reward text behind the `tokens` that the search has seen."""
+    from windquant import confirmation
+
+    model, texts, statistics = (task.inputs[name] for name in MODEL)
     progress: Progress[None] = task.progress(total=sum(len(plan.actions) for plan in plans), label="confirming")
     with progress:
-        return meter.divergences(plans, progress.update)
+        return confirmation.divergences(model, texts, statistics, plans, tokens, progress.update)
 
 
 def evolved(task: Task, settings: Settings, bank: Bank) -> tuple[Choice, dict[str, Any]]:
