@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from windquant import calibration, decoder, streaming
-from windquant.feedback import column_order, factor, rotate
+from windquant.feedback import column_order, damping, factor, rotate
 from windquant.flow import Flow
 from windquant.quantizers import Fit, action
 from windquant.quantizers.rotation import rotation
@@ -176,7 +176,7 @@ def quantized(subject: Subject, recipe: Recipe) -> tuple[Tensor, float]:
     widths = chunk_widths(linear.columns, protected, recipe.chunk)
     starts = [protected + sum(widths[:index]) for index in range(len(widths))]
     blocks = list(zip(starts, widths, strict=True))
-    feedback = factor(rotate(subject.seen[order][:, order], blocks if entry.rotated else []))
+    feedback = factor(rotate(subject.seen[order][:, order], blocks if entry.rotated else []), damping(energy))
     if not recipe.feedback:
         feedback = torch.eye(linear.columns)
     work, energy = subject.weight[:, order].clone(), energy[order]

@@ -25,7 +25,7 @@ from windquant.plan import Units
 from windquant.quantize import layouts_of, quantized_linears
 from windquant.quantizers import action, menu
 from windquant.quantizers.trellis import DISTORTION
-from windquant.statistics import Statistics
+from windquant.statistics import DAMPING, Statistics
 from windquant.units import Linear
 
 
@@ -46,7 +46,7 @@ def statistics_for(linears: list[Linear], covariance: Tensor, fisher: Tensor | N
     energy = covariance.diagonal().clone()
     order = energy.argsort(descending=True, stable=True)
     conditional = torch.empty_like(energy)
-    conditional[order] = factor(covariance[order][:, order]).diagonal() ** -2
+    conditional[order] = factor(covariance[order][:, order], DAMPING * energy.mean().item()).diagonal() ** -2
     group = linears[0].group
     weights = {one.name: torch.ones(one.rows) if fisher is None else fisher for one in linears}
     return Statistics(linears, {group: energy}, {group: conditional}, weights)

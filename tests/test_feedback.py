@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.families import NAMES, WINDOW
 from windquant import compute
-from windquant.feedback import DAMPING, column_order, factor, inverse_cholesky, quantize_linear, rotate
+from windquant.feedback import DAMPING, column_order, damping, factor, inverse_cholesky, quantize_linear, rotate
 from windquant.packed import Format, Layout, dequantize, pack_order, unpack_order
 from windquant.quantizers.rotation import rotation
 from windquant.units import Linear, chunk_widths
@@ -56,8 +56,8 @@ def loss(weight: Tensor, decoded: Tensor, covariance: Tensor) -> float:
 
 def test_factor_is_the_upper_root_of_the_inverse() -> None:
     covariance = correlated(40)
-    u = factor(covariance)
-    damped = covariance.double() + DAMPING * covariance.diagonal().double().mean() * torch.eye(40)
+    u = factor(covariance, 0.3)
+    damped = covariance.double() + 0.3 * torch.eye(40)
     assert u.dtype == torch.float32
     assert torch.equal(u, u.triu())
     assert (u.diagonal() > 0).all()
@@ -81,7 +81,7 @@ def test_the_factor_has_the_same_bits_with_any_number_of_threads(size: int) -> N
 def test_factor_leaves_its_argument_alone() -> None:
     covariance = correlated(8)
     before = covariance.clone()
-    factor(covariance)
+    factor(covariance, 0.1)
     rotate(covariance, [(0, 8)])
     assert torch.equal(covariance, before)
 
@@ -91,7 +91,7 @@ def test_dead_inputs_take_no_part() -> None:
     dead = torch.tensor([0, 7, 19])
     covariance[dead] = 0
     covariance[:, dead] = 0
-    u = factor(covariance)
+    u = factor(covariance, damping(covariance.diagonal()))
     assert u.isfinite().all()
     for column in dead:
         assert u[column, column + 1 :].abs().sum() == 0
@@ -99,7 +99,32 @@ def test_dead_inputs_take_no_part() -> None:
 
 
 def test_without_any_input_there_is_no_feedback() -> None:
-    assert torch.equal(factor(torch.zeros(6, 6)), torch.eye(6))
+    assert torch.equal(factor(torch.zeros(6, 6), damping(torch.zeros(6))), torch.eye(6))
+
+
+def test_damping_follows_the_channels_that_most_are_like() -> None:
+    """Neither one with a million times their energy nor the dead ones count."""
+    energy = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert damping(energy) == pytest.approx(3 * DAMPING)
+    assert damping(torch.cat([energy, torch.tensor([1e6, 0, 0, 0, 0, 1e-9])])) == pytest.approx(3 * DAMPING)
+
+
+def test_what_is_not_positive_definite_is_damped_until_it_is() -> None:
+    """As sums in FP32 can be, where one channel dwarfs the others."""
+    covariance = correlated(12)
+    values, vectors = torch.linalg.eigh(covariance.double())
+    values[0] = -0.5
+    indefinite = (vectors * values @ vectors.T).float()
+    assert torch.equal(factor(indefinite, 0.01), factor(indefinite, 1.0)), "0.01 and 0.1 were too little"
+
+
+def test_a_channel_that_dwarfs_the_others_leaves_them_their_feedback() -> None:
+    covariance = correlated(20)
+    covariance[0] *= 1e3
+    covariance[:, 0] *= 1e3
+    alone, beside = (factor(matrix, damping(matrix.diagonal())) for matrix in (covariance[1:, 1:], covariance))
+    assert (beside[1:, 1:] - alone).norm() < 0.02 * alone.norm()
+    assert alone.triu(1).norm() > 0.1 * alone.norm()
 
 
 def test_rotation_of_blocks() -> None:

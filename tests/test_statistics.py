@@ -27,7 +27,6 @@ from tests.families import (
 from windquant import compute, models, statistics, streaming
 from windquant.decoder import quantizable
 from windquant.errors import WindquantError
-from windquant.feedback import DAMPING
 from windquant.statistics import Covariance, Statistics
 
 IDS = token_ids(6, 40)  # in batches of 4: the last one is smaller
@@ -93,8 +92,8 @@ def test_conditional_energies_are_what_later_columns_cannot_express(
         energy = case[1].energy[group]
         x = inputs[group].double()
         damped = x.T @ x / len(x)
-        damping = DAMPING * damped.diagonal().mean()
-        damped.diagonal().add_(damping)
+        added = statistics.DAMPING * energy.mean()
+        damped.diagonal().add_(added)
         order = torch.argsort(energy, descending=True, stable=True)
         for place in (0, 1, len(order) // 2, len(order) - 2):
             first, rest = order[place], order[place + 1 :]
@@ -103,7 +102,7 @@ def test_conditional_energies_are_what_later_columns_cannot_express(
             assert conditional[first].item() == pytest.approx(expected.item(), rel=1e-3)
         assert conditional[order[-1]].item() == pytest.approx(damped[order[-1], order[-1]].item(), rel=1e-3)
         assert (conditional > 0).all()
-        assert (conditional <= 1.001 * (energy + damping)).all()
+        assert (conditional <= 1.001 * (energy + added)).all()
 
 
 def test_fisher_weights_are_the_mean_squared_gradients(case: tuple[PreTrainedModel, Statistics]) -> None:

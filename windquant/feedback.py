@@ -1,7 +1,7 @@
 """Quantize one linear, chunk after chunk, each on weights that make up for the errors before it.
 
-GPTQ (arXiv 2210.17323) with a bit-width per chunk: with H = E[x x^T] plus 1 % of its mean diagonal and U the upper
-Cholesky factor of H^-1 (H^-1 = U^T U), the error of column i is spread over the columns behind it:
+GPTQ (arXiv 2210.17323) with a bit-width per chunk: with H = E[x x^T] plus a tenth of the median of its diagonal and U
+the upper Cholesky factor of H^-1 (H^-1 = U^T U), the error of column i is spread over the columns behind it:
 
     e_i = (w_i - q_i) / U_ii,    W[:, i+1:] -= e_i U[i, i+1:]
 
@@ -21,7 +21,7 @@ from windquant.quantizers.rotation import rotation
 from windquant.scales import SCALE_BITS, ScaleCoder, decode_offset, encode_offset
 from windquant.units import chunk_widths
 
-DAMPING = 0.01  # of the mean diagonal
+DAMPING = 0.1  # of the median energy: one channel can have a million times the others', and drown them in a mean
 BLOCK = 256  # columns that one thread factorizes and inverts
 
 
@@ -37,16 +37,27 @@ def column_order(energy: Tensor, order: str, chunk: int, protected: int) -> Tens
     return chunk_order(by_energy, chunk_widths(len(energy), protected, chunk), protected)
 
 
-def factor(covariance: Tensor, damping: float = DAMPING) -> Tensor:
-    """Upper triangular U [n, n], float32, with (H + damping mean(diag H) I)^-1 = U^T U; computed in float64.
+def damping(energy: Tensor) -> float:
+    """What is added to every channel's energy E[x_j^2], given as [columns]; dead inputs do not count, 1 if all are."""
+    alive = energy[energy > 0]
+    return DAMPING * alive.median().item() if len(alive) else 1.0
+
+
+def factor(covariance: Tensor, damping: float) -> Tensor:
+    """Upper triangular U [n, n], float32, with (H + damping I)^-1 = U^T U; computed in float64.
 
     With J the reversal of the order, J H J = L L^T gives U = J L^-1 J: no inverse of H itself is needed. Dead inputs
-    (zero rows of H) are kept apart from the others by the damping; a covariance of zeros gives I.
+    (zero rows of H) are kept apart from the others by the damping. Where H is not positive definite with it (H was
+    summed in FP32, where a channel with 10^8 times the others' energy leaves errors of their size), ten times as much
+    is added, and so on.
     """
-    matrix = covariance.double().flip(0, 1)
-    mean = matrix.diagonal().mean()
-    matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    return inverse_cholesky(matrix).flip(0, 1).float()
+    while True:
+        matrix = covariance.double().flip(0, 1)
+        matrix.diagonal().add_(damping)
+        try:
+            return inverse_cholesky(matrix).flip(0, 1).float()
+        except torch.linalg.LinAlgError:
+            damping *= 10
 
 
 def inverse_cholesky(matrix: Tensor) -> Tensor:
@@ -100,7 +111,8 @@ def quantize_linear(
         for start, width, entry in zip(starts, widths, layout.actions, strict=True)
         if entry.rotated
     ]
-    factor_u = factor(rotate(covariance[order][:, order], rotated))
+    energy = covariance.diagonal()[order]
+    factor_u = factor(rotate(covariance[order][:, order], rotated), damping(energy))
     work = weight[:, order].T.contiguous()  # [columns, rows]: a column is contiguous
     for start, width in rotated:
         work[start : start + width] = rotation(width).T.to(device) @ work[start : start + width]
@@ -110,7 +122,6 @@ def quantize_linear(
     decoded = torch.empty_like(work)
     if protected:
         tensors["protected"], tensors["protected_scales"], decoded[:protected] = _protect(work, protected, factor_u)
-    energy = covariance.diagonal()[order]
     fits = [
         kernels.fit(entry, work[protected + start :][:width], energy[protected + start :][:width]).scale
         for start, width, entry in zip(starts, widths, layout.actions, strict=True)

@@ -30,6 +30,8 @@ from windquant.progress import Progress
 from windquant.settings import Count
 from windquant.units import Linear
 
+DAMPING = 0.01  # of the mean energy; error feedback adds something else (feedback.py), which would count as loss here
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -210,9 +212,10 @@ def forward(
             energy[group] = matrix.diagonal().cpu().clone()
             order = torch.argsort(energy[group], descending=True, stable=True)
             conditional[group] = torch.empty_like(energy[group])
-            factor_u = factor(matrix[order.to(matrix.device)][:, order.to(matrix.device)])
+            damping = DAMPING * energy[group].double().mean().item() or 1.0
+            factor_u = factor(matrix[order.to(matrix.device)][:, order.to(matrix.device)], damping)
             conditional[group][order] = factor_u.diagonal().square().reciprocal().cpu()
-            if not energy[group].any():  # of a covariance of zeros `factor` makes ones; no error costs anything here
+            if not energy[group].any():  # damped by 1 as it is; no error costs anything here
                 conditional[group].zero_()
         for linear in here:
             if linear.group not in energy:
