@@ -116,6 +116,9 @@ def test_what_is_not_positive_definite_is_damped_until_it_is() -> None:
     values[0] = -0.5
     indefinite = (vectors * values @ vectors.T).float()
     assert torch.equal(factor(indefinite, 0.01), factor(indefinite, 1.0)), "0.01 and 0.1 were too little"
+    indefinite[3, 3] = torch.nan
+    with pytest.raises(torch.linalg.LinAlgError):
+        factor(indefinite, 0.01)
 
 
 def test_a_channel_that_dwarfs_the_others_leaves_them_their_feedback() -> None:

@@ -57,6 +57,8 @@ def factor(covariance: Tensor, damping: float) -> Tensor:
         try:
             return inverse_cholesky(matrix).flip(0, 1).float()
         except torch.linalg.LinAlgError:
+            if not covariance.isfinite().all():
+                raise
             damping *= 10
 
 
