@@ -21,8 +21,8 @@ FAST = Processor("authenticamd", frozenset({"avx2", "avx512f", "avx512_bf16"}))
 WIDE = Processor("genuineintel", frozenset({"avx2", "avx512f"}))
 NARROW = Processor("authenticamd", frozenset({"avx2"}))
 #: Seconds of the main job on two cores (docs/results.md, docs/performance.md), with all calibration text: of a Xeon
-#: without AMX, all of it quiet, and of an EPYC of the third generation, the steps that were; of one of the fourth, the
-#: step that has changed since.
+#: without AMX, all of it quiet, and of an EPYC of the third generation, the steps that were. Not allocation, which
+#: quantizes linears that both plans treat alike once since.
 MEASURED = {
     WIDE: {
         "statistics": 47, "bank": 6, "search": 103, "quantize": 191, "recovery": 302,
