@@ -100,10 +100,10 @@ def test_the_text_is_what_no_plan_is_measured_on(prepared: Prepared) -> None:
 def test_a_full_gpu_compares_fewer_windows_at_a_time(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plans = [uniform(prepared, "scalar-3")]  # under fewer bits other sums turn single codes
+    plans = [uniform(prepared, "scalar-3")]  # under fewer bits other sums turn more codes
     expected = compared(prepared, plans)
     gpu = FullGpu(monkeypatch, 2)
-    assert compared(prepared, plans) == pytest.approx(expected, rel=1e-4)
+    assert compared(prepared, plans) == pytest.approx(expected, rel=1e-3)
     assert re.findall("again with a batch of ([0-9]+)", capsys.readouterr().err) == ["4", "2"]
     gpu.most = 0
     with pytest.raises(WindquantError, match="out of GPU memory with a batch of 1"):
