@@ -41,7 +41,7 @@ def errors(root: Path, model: str, plan: Plan, others: list[Path], windows: int)
     statistics = Statistics.load(root / "data" / "statistics" / f"{model}.safetensors")
     own = calibration.load(root / "data" / "calibration" / model).calibration
     texts = {"own windows": own[:windows], "following windows": own[windows : 2 * windows]}
-    texts |= {folder.name: calibration.load(folder).calibration[:windows] for folder in others}
+    texts |= {str(folder): calibration.load(folder).calibration[:windows] for folder in others}
     original = streaming.load(root / "resources" / "models" / model)
     prefix, _ = decoder.decoder_layers(original)
     flows = {name: Flow(original, ids.long(), 16, Path(gettempdir())) for name, ids in texts.items()}
